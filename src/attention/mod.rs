@@ -1,0 +1,4 @@
+//! The online half: one attention call over a cache, sparse where an index is bound to it.
+
+pub mod problem;
+pub use problem::*;

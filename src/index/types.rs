@@ -1,0 +1,253 @@
+//! What an index holds: owned parts (made by `build`, eaten by the writer) and borrowed views (given by the reader,
+//! eaten by `attention`). Knows nothing of files, ggml or kernels.
+
+use half::f16;
+
+/// Version of the file layout; a reader refuses any other.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// Which model the index was made with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelId {
+    pub architecture: String,
+    pub name: String,
+    /// SHA-256 over the GGUF's metadata and a sample of its tensor data; identifies weights and quantisation.
+    pub fingerprint: [u8; 32],
+}
+
+/// RoPE settings in force when the keys were captured.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rope {
+    /// `llama_rope_type`.
+    pub kind: i32,
+    pub freq_base: f32,
+    pub freq_scale: f32,
+}
+
+/// How the index was built.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BuildSettings {
+    pub seed: u64,
+    pub iterations: u32,
+    /// Fine clusters as a share of the clustered keys (0.05).
+    pub cluster_share: f32,
+    /// `raw`, `system` or `user`.
+    pub chat: String,
+    /// Version of the program that wrote the file.
+    pub builder: String,
+}
+
+/// One row of the calibration table (threshold mode).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Calibration {
+    /// Nominal share of the prefix keys.
+    pub budget: f32,
+    /// T: clusters whose group-mean probability per key is at least this are kept.
+    pub threshold: f32,
+    /// Share really kept on the window's queries, mean over layers, heads and queries.
+    pub kept: f32,
+    /// Estimated share of the prefix's attention mass in the kept keys.
+    pub mass: f32,
+    /// Share kept per indexed layer, in the order of `IndexParts::layers`.
+    pub layer_kept: Vec<f32>,
+}
+
+/// Everything about an index that is not a tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub struct IndexMeta {
+    pub model: ModelId,
+    pub rope: Rope,
+    /// Number of layers of the model (indexed or not).
+    pub n_layer: u32,
+    /// Token ids of the prefix; their number is P.
+    pub tokens: Vec<i32>,
+    /// S: first tokens of the prefix, never clustered.
+    pub n_sink: u32,
+    /// W: last tokens of the prefix, never clustered, part of the tail online.
+    pub n_window: u32,
+    pub build: BuildSettings,
+    pub calibration: Vec<Calibration>,
+    /// Layers that have a KV cache but stay dense, with the reason, for people.
+    pub dense_layers: Vec<(u32, String)>,
+}
+
+impl IndexMeta {
+    /// P.
+    pub fn n_prefix(&self) -> usize {
+        self.tokens.len()
+    }
+    /// N = P - S - W, the clustered keys per layer and KV head.
+    pub fn n_clustered(&self) -> usize {
+        self.tokens.len() - self.n_sink as usize - self.n_window as usize
+    }
+}
+
+/// Shape of one indexed layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LayerShape {
+    /// Layer number in the model (`cache_k_l<layer>`).
+    pub layer: u32,
+    pub n_head_kv: u32,
+    /// Query heads per KV head.
+    pub n_group: u32,
+    pub head_dim_k: u32,
+    pub head_dim_v: u32,
+    /// C, fine clusters per KV head.
+    pub n_cluster: u32,
+    /// Coarse clusters per KV head; 0: the index has no hierarchy.
+    pub n_coarse: u32,
+    /// Softmax scale of the attention op.
+    pub scale: f32,
+}
+
+/// One indexed layer, owned. Row-major, KV head outermost.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerParts {
+    pub shape: LayerShape,
+    /// `[n_head_kv][C][head_dim_k]`, mean of the raw keys.
+    pub centroids: Vec<f16>,
+    /// `[n_head_kv][C][head_dim_v]`, mean of the values.
+    pub mean_values: Vec<f16>,
+    /// `[n_head_kv][C][head_dim_k]`: variance of dimension d is `variances * variance_scales`.
+    pub variances: Vec<u8>,
+    /// `[n_head_kv][C]`.
+    pub variance_scales: Vec<f32>,
+    /// `[n_head_kv][C]`: square root of the mean over dimensions of the variance.
+    pub radii: Vec<f32>,
+    /// `[n_head_kv][C + 1]`: members of cluster i are `offsets[i]..offsets[i + 1]`; strictly increasing, from 0 to N.
+    pub offsets: Vec<u32>,
+    /// `[n_head_kv][N]`: token numbers in the prefix, a permutation of `S..P-W`, ascending inside a cluster.
+    pub members: Vec<u32>,
+    /// `[n_head_kv][Cc][head_dim_k]`; empty without hierarchy.
+    pub coarse_centroids: Vec<f16>,
+    /// `[n_head_kv][Cc + 1]`: fine clusters of coarse cluster i; strictly increasing, from 0 to C; empty without hierarchy.
+    pub coarse_offsets: Vec<u32>,
+}
+
+/// Fingerprint of every prefix token in the cache: some raw elements of its K and V row in one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SketchParts {
+    pub layer: u32,
+    /// Elements of the whole K row (`n_head_kv * head_dim_k`) that are kept, ascending.
+    pub k_dims: Vec<u32>,
+    pub v_dims: Vec<u32>,
+    /// `[P][k_dims.len()]`.
+    pub k: Vec<f16>,
+    /// `[P][v_dims.len()]`.
+    pub v: Vec<f16>,
+}
+
+/// Whole raw K rows of later layers, compared with a tolerance: another model, a LoRA or a control vector shows here.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ProbeParts {
+    pub layer: u32,
+    pub tokens: Vec<u32>,
+    /// `[tokens.len()][n_head_kv * head_dim_k]`.
+    pub k: Vec<f16>,
+}
+
+/// A whole index, owned: what `build` makes and `write` stores.
+#[derive(Clone, Debug, PartialEq)]
+pub struct IndexParts {
+    pub meta: IndexMeta,
+    /// Ascending by layer number.
+    pub layers: Vec<LayerParts>,
+    pub sketch: SketchParts,
+    pub probes: Vec<ProbeParts>,
+}
+
+/// Member list in the smallest type that fits.
+#[derive(Clone, Copy, Debug)]
+pub enum Members<'a> {
+    U16(&'a [u16]),
+    U32(&'a [u32]),
+}
+
+impl Members<'_> {
+    #[inline]
+    pub fn get(&self, i: usize) -> u32 {
+        match self {
+            Members::U16(m) => m[i] as u32,
+            Members::U32(m) => m[i],
+        }
+    }
+    pub fn len(&self) -> usize {
+        match self {
+            Members::U16(m) => m.len(),
+            Members::U32(m) => m.len(),
+        }
+    }
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// One indexed layer, borrowed from a mapped file. Layouts as in [`LayerParts`]; every invariant there holds.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerView<'a> {
+    pub shape: LayerShape,
+    pub centroids: &'a [f16],
+    pub mean_values: &'a [f16],
+    pub variances: &'a [u8],
+    pub variance_scales: &'a [f32],
+    pub radii: &'a [f32],
+    pub offsets: &'a [u32],
+    pub members: Members<'a>,
+    pub coarse_centroids: &'a [f16],
+    pub coarse_offsets: &'a [u32],
+}
+
+impl<'a> LayerView<'a> {
+    /// Offsets of one KV head, `C + 1` numbers.
+    #[inline]
+    pub fn head_offsets(&self, head_kv: usize) -> &'a [u32] {
+        let n = self.shape.n_cluster as usize + 1;
+        &self.offsets[head_kv * n..(head_kv + 1) * n]
+    }
+    /// N, clustered keys per KV head.
+    #[inline]
+    pub fn n_clustered(&self) -> usize {
+        self.members.len() / self.shape.n_head_kv as usize
+    }
+    /// Token number of the `j`th member slot of one KV head.
+    #[inline]
+    pub fn member(&self, head_kv: usize, j: usize) -> u32 {
+        self.members.get(head_kv * self.n_clustered() + j)
+    }
+}
+
+/// Sketch, borrowed.
+#[derive(Clone, Copy, Debug)]
+pub struct SketchView<'a> {
+    pub layer: u32,
+    pub k_dims: &'a [u32],
+    pub v_dims: &'a [u32],
+    pub k: &'a [f16],
+    pub v: &'a [f16],
+}
+
+/// Probe rows, borrowed.
+#[derive(Clone, Copy, Debug)]
+pub struct ProbeView<'a> {
+    pub layer: u32,
+    pub tokens: &'a [u32],
+    pub k: &'a [f16],
+}
+
+impl LayerParts {
+    /// The same layer as a view (members as 32 bit), so that `build` and tests can use what reads views.
+    pub fn view(&self) -> LayerView<'_> {
+        LayerView {
+            shape: self.shape,
+            centroids: &self.centroids,
+            mean_values: &self.mean_values,
+            variances: &self.variances,
+            variance_scales: &self.variance_scales,
+            radii: &self.radii,
+            offsets: &self.offsets,
+            members: Members::U32(&self.members),
+            coarse_centroids: &self.coarse_centroids,
+            coarse_offsets: &self.coarse_offsets,
+        }
+    }
+}
