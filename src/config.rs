@@ -80,11 +80,8 @@ impl Config {
             }
         };
         let (budget, threshold, mass) = (share("BUDGET"), share("THRESHOLD"), share("MASS"));
-        let given = [
-            budget.map(ModeSetting::Budget),
-            threshold.map(ModeSetting::Threshold),
-            mass.map(ModeSetting::Mass),
-        ];
+        let given =
+            [budget.map(ModeSetting::Budget), threshold.map(ModeSetting::Threshold), mass.map(ModeSetting::Mass)];
         let given: Vec<ModeSetting> = given.into_iter().flatten().collect();
         if let Some(mode) = given.first() {
             config.mode = *mode;

@@ -6,5 +6,6 @@
 pub mod attention;
 pub mod backend;
 pub mod build;
+pub mod capi;
 pub mod config;
 pub mod index;

@@ -100,3 +100,51 @@ pub enum Row {
     /// Through binding number n of the call.
     Sparse(u32),
 }
+
+/// One attention call with its index bindings: what a plan is made of.
+#[derive(Clone)]
+pub struct Call {
+    pub problem: Problem,
+    /// Layer number in the model.
+    pub layer: u32,
+    /// `[n_stream * n_query]`.
+    pub rows: Arc<[Row]>,
+    pub bindings: Arc<[Binding]>,
+    pub selection: Selection,
+}
+
+impl Problem {
+    /// Query rows: `n_stream * n_query`.
+    pub fn n_row(&self) -> usize {
+        self.q.ne[1] * self.q.ne[3]
+    }
+    /// Query heads per KV head.
+    pub fn n_group(&self) -> usize {
+        self.q.ne[2] / self.k.ne[2]
+    }
+    /// Softmax scale of the plain logits: the soft-cap's division taken back.
+    pub fn logit_scale(&self) -> f32 {
+        if self.softcap == 0.0 {
+            self.scale
+        } else {
+            self.scale * self.softcap
+        }
+    }
+    /// ALiBi slope of one head; 1 without ALiBi.
+    pub fn slope(&self, head: usize) -> f32 {
+        if self.max_bias == 0.0 {
+            return 1.0;
+        }
+        let below = 1usize << self.q.ne[2].ilog2();
+        if head < below {
+            (-self.max_bias / below as f32).exp2().powi(head as i32 + 1)
+        } else {
+            (-self.max_bias / 2.0 / below as f32).exp2().powi(2 * (head - below) as i32 + 1)
+        }
+    }
+}
+
+/// Keys that a share of the `P - W` prefix keys stands for, sinks included; every mode and every device rounds alike.
+pub fn keys_of_share(share: f32, n_prefix: usize, n_window: usize) -> usize {
+    (share as f64 * (n_prefix - n_window) as f64).round() as usize
+}

@@ -1,4 +1,22 @@
 //! The index of one prefix: types, and the sidecar file (GGUF v3).
 
+mod error;
+mod gguf;
+mod keys;
+mod layout;
+mod map;
+mod read;
+mod seal;
 pub mod types;
+mod validate;
+mod write;
+
+#[doc(hidden)]
+pub mod sample;
+#[cfg(test)]
+mod tests;
+
+pub use error::IndexError;
+pub use read::Index;
 pub use types::*;
+pub use write::{to_bytes, write};

@@ -1,0 +1,457 @@
+//! `sqz inspect`: what an index holds, as tables or as JSON. Opening the file checks all of it, so this is also the way to
+//! verify one.
+
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use ggml_squeeze::index::{Calibration, Index, LayerView, FORMAT_VERSION};
+use serde::Serialize;
+
+#[derive(clap::Args, Clone, Debug)]
+pub struct InspectArgs {
+    /// Index to look at (.sqz.gguf); all of it is verified
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Print the same data as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Prints the index to stdout.
+pub fn run(args: InspectArgs) -> anyhow::Result<()> {
+    let index = Index::open(&args.file).with_context(|| format!("cannot inspect {}", args.file.display()))?;
+    let text = if args.json { render_json(&index)? } else { render(&index) };
+    match io::stdout().write_all(text.as_bytes()) {
+        // `sqz inspect ... | head` is no failure.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => result.context("cannot write to stdout"),
+    }
+}
+
+#[derive(Serialize)]
+struct Report {
+    file: Option<PathBuf>,
+    format_version: u32,
+    bytes: u64,
+    model: Model,
+    rope: Rope,
+    prefix: Prefix,
+    build: Build,
+    sketch: Sketch,
+    probes: Vec<Probe>,
+    calibration: Vec<Row>,
+    layers: Vec<Layer>,
+    total: Total,
+    dense_layers: Vec<Dense>,
+}
+
+#[derive(Serialize)]
+struct Model {
+    architecture: String,
+    name: String,
+    fingerprint: String,
+    n_layer: u32,
+}
+
+#[derive(Serialize)]
+struct Rope {
+    r#type: i32,
+    freq_base: f32,
+    freq_scale: f32,
+}
+
+#[derive(Serialize)]
+struct Prefix {
+    tokens: usize,
+    sinks: u32,
+    clustered: usize,
+    window: u32,
+}
+
+#[derive(Serialize)]
+struct Build {
+    builder: String,
+    seed: u64,
+    iterations: u32,
+    cluster_share: f32,
+    chat: String,
+}
+
+#[derive(Serialize)]
+struct Sketch {
+    layer: u32,
+    k_elements: usize,
+    v_elements: usize,
+}
+
+#[derive(Serialize)]
+struct Probe {
+    layer: u32,
+    tokens: Vec<u32>,
+}
+
+#[derive(Serialize)]
+struct Row {
+    budget: f32,
+    threshold: f32,
+    kept: f32,
+    mass: f32,
+}
+
+#[derive(Serialize)]
+struct Layer {
+    layer: u32,
+    n_head_kv: u32,
+    n_group: u32,
+    head_dim_k: u32,
+    head_dim_v: u32,
+    scale: f32,
+    clusters: u32,
+    coarse: u32,
+    /// Members per cluster, over all KV heads.
+    size_mean: f64,
+    size_p99: u32,
+    size_max: u32,
+    kept: Vec<Kept>,
+    bytes: u64,
+}
+
+/// Share of the keys that one layer keeps at the threshold of a nominal budget.
+#[derive(Serialize)]
+struct Kept {
+    budget: f32,
+    share: f32,
+}
+
+#[derive(Serialize)]
+struct Total {
+    layers: usize,
+    /// Clusters of all layers and KV heads.
+    clusters: u64,
+    layer_bytes: u64,
+    /// Sketch, probes, metadata.
+    other_bytes: u64,
+}
+
+#[derive(Serialize)]
+struct Dense {
+    layer: u32,
+    reason: String,
+}
+
+fn report(index: &Index) -> Report {
+    let meta = index.meta();
+    let sketch = index.sketch();
+    let views = index.shapes().iter().filter_map(|shape| index.layer(shape.layer));
+    let layers: Vec<Layer> = views.enumerate().map(|(i, view)| layer(index, i, &view)).collect();
+    let layer_bytes = layers.iter().map(|l| l.bytes).sum();
+    Report {
+        file: index.path().map(|path| path.to_path_buf()),
+        format_version: FORMAT_VERSION,
+        bytes: index.file_bytes(),
+        model: Model {
+            architecture: meta.model.architecture.clone(),
+            name: meta.model.name.clone(),
+            fingerprint: meta.model.fingerprint.iter().map(|b| format!("{b:02x}")).collect(),
+            n_layer: meta.n_layer,
+        },
+        rope: Rope { r#type: meta.rope.kind, freq_base: meta.rope.freq_base, freq_scale: meta.rope.freq_scale },
+        prefix: Prefix {
+            tokens: meta.n_prefix(),
+            sinks: meta.n_sink,
+            clustered: meta.n_clustered(),
+            window: meta.n_window,
+        },
+        build: Build {
+            builder: meta.build.builder.clone(),
+            seed: meta.build.seed,
+            iterations: meta.build.iterations,
+            cluster_share: meta.build.cluster_share,
+            chat: meta.build.chat.clone(),
+        },
+        sketch: Sketch { layer: sketch.layer, k_elements: sketch.k_dims.len(), v_elements: sketch.v_dims.len() },
+        probes: index.probes().iter().map(|p| Probe { layer: p.layer, tokens: p.tokens.to_vec() }).collect(),
+        calibration: meta
+            .calibration
+            .iter()
+            .map(|c| Row { budget: c.budget, threshold: c.threshold, kept: c.kept, mass: c.mass })
+            .collect(),
+        total: Total {
+            layers: layers.len(),
+            clusters: layers.iter().map(|l| u64::from(l.clusters) * u64::from(l.n_head_kv)).sum(),
+            layer_bytes,
+            other_bytes: index.file_bytes() - layer_bytes,
+        },
+        layers,
+        dense_layers: meta.dense_layers.iter().map(|(l, r)| Dense { layer: *l, reason: r.clone() }).collect(),
+    }
+}
+
+fn layer(index: &Index, i: usize, view: &LayerView) -> Layer {
+    let shape = view.shape;
+    let heads = 0..shape.n_head_kv as usize;
+    let mut sizes: Vec<u32> =
+        heads.flat_map(|head| view.head_offsets(head).windows(2).map(|run| run[1] - run[0])).collect();
+    sizes.sort_unstable();
+    let rank = (sizes.len() * 99).div_ceil(100);
+    Layer {
+        layer: shape.layer,
+        n_head_kv: shape.n_head_kv,
+        n_group: shape.n_group,
+        head_dim_k: shape.head_dim_k,
+        head_dim_v: shape.head_dim_v,
+        scale: shape.scale,
+        clusters: shape.n_cluster,
+        coarse: shape.n_coarse,
+        size_mean: view.n_clustered() as f64 / f64::from(shape.n_cluster),
+        size_p99: sizes[rank - 1],
+        size_max: sizes[sizes.len() - 1],
+        kept: shown(&index.meta().calibration)
+            .iter()
+            .map(|row| Kept { budget: row.budget, share: row.layer_kept[i] })
+            .collect(),
+        bytes: index.layer_bytes(shape.layer),
+    }
+}
+
+/// The few calibration rows that the layer table has room for: those nearest to the usual budgets.
+fn shown(rows: &[Calibration]) -> Vec<&Calibration> {
+    let nearest =
+        |budget: f32| rows.iter().min_by(|a, b| (a.budget - budget).abs().total_cmp(&(b.budget - budget).abs()));
+    let mut shown: Vec<&Calibration> = [0.05, 0.1, 0.2, 0.5].into_iter().filter_map(nearest).collect();
+    shown.dedup_by_key(|row| row.budget);
+    shown
+}
+
+/// The index as JSON, with a final newline.
+pub fn render_json(index: &Index) -> anyhow::Result<String> {
+    Ok(serde_json::to_string_pretty(&report(index))? + "\n")
+}
+
+/// The index as text for people.
+pub fn render(index: &Index) -> String {
+    let report = report(index);
+    let mut out = String::new();
+    let mut line = |name: &str, text: String| writeln!(out, "{name:<12}{text}").expect("a String takes all");
+    let file = report.file.as_ref().map_or("(memory)".into(), |path| clean(&path.to_string_lossy()));
+    line("index", format!("{file}, {}, format version {}", size(report.bytes), report.format_version));
+    let Model { architecture, name, fingerprint, n_layer } = &report.model;
+    line("model", format!("{} ({}), {n_layer} layers", clean(name), clean(architecture)));
+    line("fingerprint", fingerprint.clone());
+    let rope = &report.rope;
+    line("rope", format!("type {}, base {}, scale {}", rope.r#type, rope.freq_base, rope.freq_scale));
+    let Prefix { tokens, sinks, clustered, window } = report.prefix;
+    line("prefix", format!("{tokens} tokens: {sinks} sinks, {clustered} clustered, {window} window"));
+    let Build { builder, seed, iterations, cluster_share, chat } = &report.build;
+    line(
+        "build",
+        format!(
+            "{}, seed {seed}, {iterations} iterations, clusters {} of the keys, chat {}",
+            clean(builder),
+            percent(*cluster_share),
+            clean(chat)
+        ),
+    );
+    let Sketch { layer, k_elements, v_elements } = report.sketch;
+    line("sketch", format!("layer {layer}, {k_elements} elements of K and {v_elements} of V per token"));
+    let probes: Vec<String> =
+        report.probes.iter().map(|p| format!("{} rows of layer {}", p.tokens.len(), p.layer)).collect();
+    line("probes", if probes.is_empty() { "none".into() } else { probes.join(", ") });
+
+    out += "\ncalibration (threshold mode)\n";
+    let rows = report
+        .calibration
+        .iter()
+        .map(|row| vec![percent(row.budget), format!("{:.3e}", row.threshold), percent(row.kept), percent(row.mass)]);
+    out += &table(&["budget", "threshold", "kept", "mass"].map(String::from), rows.collect());
+
+    out += "\nlayers (cluster sizes in keys; kept: share of the keys at a budget's threshold)\n";
+    out += &layer_table(&report);
+    let Total { layers, clusters, layer_bytes, other_bytes } = report.total;
+    out += &format!(
+        "total: {layers} layers, {clusters} clusters, {} in layers, {} in sketch, probes and metadata\n",
+        size(layer_bytes),
+        size(other_bytes)
+    );
+
+    out += "\ndense layers\n";
+    if report.dense_layers.is_empty() {
+        out += "none\n";
+    } else {
+        let rows = report.dense_layers.iter().map(|dense| vec![dense.layer.to_string(), clean(&dense.reason)]);
+        out += &table(&["layer", "reason"].map(String::from), rows.collect());
+    }
+    out
+}
+
+fn layer_table(report: &Report) -> String {
+    let mut head: Vec<String> =
+        ["layer", "kv heads", "group", "dim k", "dim v", "clusters", "coarse", "mean", "p99", "max"]
+            .map(String::from)
+            .to_vec();
+    let kept = report.layers.first().map_or(&[][..], |l| &l.kept);
+    head.extend(kept.iter().map(|k| format!("kept @ {}", percent(k.budget))));
+    head.push("bytes".into());
+    let row = |l: &Layer| {
+        let numbers = [l.layer, l.n_head_kv, l.n_group, l.head_dim_k, l.head_dim_v, l.clusters, l.coarse];
+        let mut row: Vec<String> = numbers.iter().map(u32::to_string).collect();
+        row.extend([format!("{:.1}", l.size_mean), l.size_p99.to_string(), l.size_max.to_string()]);
+        row.extend(l.kept.iter().map(|k| percent(k.share)));
+        row.push(size(l.bytes));
+        row
+    };
+    table(&head, report.layers.iter().map(row).collect())
+}
+
+/// A table as llama-bench prints them: right-aligned, also valid Markdown.
+fn table(head: &[String], rows: Vec<Vec<String>>) -> String {
+    let width = |i: usize| rows.iter().chain([&head.to_vec()]).map(|row| row[i].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let line = |row: &[String]| {
+        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:>width$}")).collect();
+        format!("| {} |\n", cells.join(" | "))
+    };
+    let rule: Vec<String> = widths.iter().map(|width| format!("{}:", "-".repeat(width + 1))).collect();
+    let mut out = line(head) + &format!("|{}|\n", rule.join("|"));
+    rows.iter().for_each(|row| out += &line(row));
+    out
+}
+
+fn percent(share: f32) -> String {
+    format!("{:.1} %", 100.0 * f64::from(share))
+}
+
+fn size(bytes: u64) -> String {
+    match bytes {
+        0..10_000 => format!("{bytes} B"),
+        10_000..1_000_000 => format!("{:.1} KB", bytes as f64 / 1e3),
+        _ => format!("{:.1} MB", bytes as f64 / 1e6),
+    }
+}
+
+/// Text from a file may hold escape sequences that a terminal would obey.
+fn clean(text: &str) -> String {
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ggml_squeeze::index::sample::{add_coarse, sample_parts};
+    use ggml_squeeze::index::{to_bytes, write, IndexParts};
+
+    fn parts() -> IndexParts {
+        let mut parts = sample_parts(7, 200, 2, 2, 4, 3, 5);
+        add_coarse(&mut parts, 8, 2);
+        let layer = &mut parts.layers[1];
+        // 159 keys: sizes 1, 1, 1, 1, 155 and 30, 30, 30, 30, 39.
+        layer.offsets = vec![0, 1, 2, 3, 4, 159, 0, 30, 60, 90, 120, 159];
+        for (head, members) in layer.members.chunks_exact_mut(159).enumerate() {
+            members.sort_unstable();
+            assert_eq!((members[0], members[158]), (16, 174), "head {head}");
+        }
+        parts.meta.calibration[2].layer_kept = vec![0.125, 0.25];
+        parts
+    }
+
+    fn index(parts: &IndexParts) -> Index {
+        Index::from_bytes(to_bytes(parts).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn the_text_shows_what_was_indexed() {
+        let text = render(&index(&parts()));
+        for expected in [
+            "model       Sample (llama), 3 layers\n",
+            "rope        type 2, base 10000, scale 1\n",
+            "prefix      200 tokens: 16 sinks, 159 clustered, 25 window\n",
+            "sketch      layer 0, 8 elements of K and 6 of V per token\n",
+            "probes      4 rows of layer 1\n",
+            "| 20.0 % | 5.000e-4 | 20.0 % | 44.7 % |",
+            "total: 2 layers, 20 clusters, ",
+            "| sliding window of 512 |",
+        ] {
+            let squeezed = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+            assert!(squeezed(&text).contains(&squeezed(expected)), "{expected:?} is not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn the_layer_table_has_sizes_and_kept_shares() {
+        let text = render(&index(&parts()));
+        let cells = |line: &str| line.split('|').map(|cell| cell.trim().to_string()).collect::<Vec<_>>();
+        let head = text.lines().find(|line| line.contains("kv heads")).map(cells).unwrap();
+        let row = text.lines().skip_while(|line| !line.contains("kv heads")).nth(3).map(cells).unwrap();
+        let cell = |name: &str| row[head.iter().position(|h| h == name).unwrap()].as_str();
+        let shape = ["layer", "kv heads", "group", "dim k", "dim v", "clusters", "coarse"].map(cell);
+        assert_eq!(shape, ["1", "2", "2", "4", "3", "5", "2"]);
+        assert_eq!(["mean", "p99", "max", "kept @ 20.0 %"].map(cell), ["31.8", "155", "155", "25.0 %"]);
+        let widths: Vec<usize> =
+            text.lines().skip_while(|l| !l.contains("kv heads")).take(4).map(|l| l.len()).collect();
+        assert!(widths.iter().all(|w| *w == widths[0]), "{widths:?}");
+    }
+
+    #[test]
+    fn p99_leaves_out_one_in_a_hundred() {
+        let mut parts = sample_parts(1, 400, 1, 1, 2, 2, 100);
+        let n = parts.meta.n_clustered() as u32;
+        parts.layers[0].offsets = (0..100).map(|i| 2 * i).chain([n]).collect();
+        parts.layers[0].members.sort_unstable();
+        let layer = &report(&index(&parts)).layers[0];
+        assert_eq!((layer.size_p99, layer.size_max), (2, n - 198));
+    }
+
+    #[test]
+    fn json_has_the_same_data() {
+        let index = index(&parts());
+        let json: serde_json::Value = serde_json::from_str(&render_json(&index).unwrap()).unwrap();
+        assert_eq!(json["prefix"]["clustered"], 159);
+        assert_eq!(json["model"]["fingerprint"].as_str().unwrap().len(), 64);
+        assert_eq!(json["layers"][1]["size_max"], 155);
+        assert_eq!(json["layers"][1]["kept"][2]["share"], 0.25);
+        assert_eq!(json["calibration"].as_array().unwrap().len(), 4);
+        assert_eq!(json["dense_layers"][0]["reason"], "sliding window of 512");
+        let (layers, other) = (&json["total"]["layer_bytes"], &json["total"]["other_bytes"]);
+        assert_eq!(layers.as_u64().unwrap() + other.as_u64().unwrap(), index.file_bytes());
+        assert_eq!(layers.as_u64().unwrap(), index.layer_bytes(0) + index.layer_bytes(1));
+    }
+
+    #[test]
+    fn without_calibration_and_dense_layers_there_is_still_a_report() {
+        let mut parts = parts();
+        parts.meta.calibration.clear();
+        parts.meta.dense_layers.clear();
+        let text = render(&index(&parts));
+        assert!(!text.contains("kept @") && text.ends_with("dense layers\nnone\n"), "{text}");
+    }
+
+    #[test]
+    fn many_budgets_are_shown_by_the_usual_ones() {
+        let row = |budget| Calibration { budget, threshold: 0.0, kept: budget, mass: 1.0, layer_kept: vec![] };
+        let rows: Vec<Calibration> = (1..=20).map(|i| row(i as f32 / 20.0)).collect();
+        assert_eq!(shown(&rows).iter().map(|r| r.budget).collect::<Vec<_>>(), [0.05, 0.1, 0.2, 0.5]);
+        assert_eq!(shown(&rows[9..]).iter().map(|r| r.budget).collect::<Vec<_>>(), [0.5]);
+    }
+
+    #[test]
+    fn escape_sequences_are_shown_not_sent() {
+        let mut parts = parts();
+        parts.meta.model.name = "a\u{1b}[2Jb\nc".into();
+        let text = render(&index(&parts));
+        assert!(text.contains(r"a\u{1b}[2Jb\nc (llama)") && !text.contains('\u{1b}'), "{text}");
+    }
+
+    #[test]
+    fn an_error_names_the_file_and_the_cause() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("model.gguf");
+        std::fs::write(&file, "not a GGUF").unwrap();
+        let error = run(InspectArgs { file: file.clone(), json: false }).unwrap_err();
+        let text = format!("{error:#}");
+        assert!(text.contains("model.gguf") && text.contains("not a GGUF file"), "{text}");
+        write(&file, &parts()).unwrap();
+        run(InspectArgs { file, json: true }).unwrap();
+    }
+}

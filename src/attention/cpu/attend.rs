@@ -1,0 +1,340 @@
+//! Exact softmax attention of one GQA group over a list of cells, as a state (max, sum, sum of values) per head that
+//! merges with others in any grouping.
+
+use half::f16;
+
+use super::kernels::{accumulate, cap, dots, exp_sum, max, Source, BLOCK};
+use super::lookup::Lookup;
+use super::memory::{Pair, Rows, Scratch};
+
+/// Softmax state of the heads of a group.
+pub(super) struct State<'a> {
+    m: &'a mut [f32],
+    l: &'a mut [f32],
+    acc: &'a mut [f32],
+}
+
+impl<'a> State<'a> {
+    /// A state in `memory`, which holds `group * (dv + 2)` numbers.
+    pub(super) fn over(memory: &'a mut [f32], group: usize) -> State<'a> {
+        let (m, rest) = memory.split_at_mut(group);
+        let (l, acc) = rest.split_at_mut(group);
+        State { m, l, acc }
+    }
+
+    pub(super) fn reset(&mut self) {
+        self.m.fill(f32::NEG_INFINITY);
+        self.l.fill(0.0);
+        self.acc.fill(0.0);
+    }
+
+    fn head(&mut self, g: usize) -> State<'_> {
+        let dv = self.acc.len() / self.m.len();
+        State { m: &mut self.m[g..g + 1], l: &mut self.l[g..g + 1], acc: &mut self.acc[g * dv..(g + 1) * dv] }
+    }
+
+    /// Raises the max of a head to `top`.
+    fn raise(&mut self, g: usize, top: f32) {
+        if top > self.m[g] {
+            let dv = self.acc.len() / self.m.len();
+            let factor = (self.m[g] - top).exp();
+            self.m[g] = top;
+            self.l[g] *= factor;
+            self.acc[g * dv..(g + 1) * dv].iter_mut().for_each(|a| *a *= factor);
+        }
+    }
+
+    /// Adds what another state has seen.
+    pub(super) fn merge(&mut self, other: &State<'_>) {
+        let dv = self.acc.len() / self.m.len();
+        for g in 0..self.m.len() {
+            self.raise(g, other.m[g]);
+            // Both -inf: nothing seen, unless every score was NaN, and that shall show.
+            let factor = if other.m[g] == self.m[g] { 1.0 } else { (other.m[g] - self.m[g]).exp() };
+            self.l[g] += factor * other.l[g];
+            let own = g * dv..(g + 1) * dv;
+            self.acc[own.clone()].iter_mut().zip(&other.acc[own]).for_each(|(a, b)| *a += factor * b);
+        }
+    }
+
+    /// Adds ggml's sinks and writes the output.
+    ///
+    /// # Safety
+    /// No other task writes this pair's output.
+    pub(super) unsafe fn finish(&mut self, pair: &Pair<'_>) {
+        let dv = self.acc.len() / self.m.len();
+        for g in 0..self.m.len() {
+            let sink = pair.sink(g);
+            self.raise(g, sink);
+            if sink > f32::NEG_INFINITY {
+                self.l[g] += (sink - self.m[g]).exp();
+            }
+            let factor = if self.l[g] == 0.0 { 0.0 } else { 1.0 / self.l[g] };
+            // SAFETY: the caller's contract.
+            unsafe { pair.store(g, &self.acc[g * dv..(g + 1) * dv], factor) };
+        }
+    }
+}
+
+/// Cells to attend to. Made once per task and never stored, so its size does not matter.
+#[allow(clippy::large_enum_variant)]
+pub(super) enum Cells<'a> {
+    /// All of the cache, as the mask allows.
+    All(usize),
+    /// The binding's always-cells, then the members of the kept clusters.
+    Listed { lookup: Lookup<'a>, kept: &'a [u32], cum: &'a [u32] },
+}
+
+impl Cells<'_> {
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Cells::All(n) => *n,
+            Cells::Listed { lookup, kept, cum } => lookup.binding.always.len() + cum[kept.len()] as usize,
+        }
+    }
+}
+
+/// Up to BLOCK visible cells.
+struct Block {
+    n: usize,
+    keys: [*const u8; BLOCK],
+    values: [*const u8; BLOCK],
+    mask: [f32; BLOCK],
+    /// Some mask value is not 0.
+    masked: bool,
+}
+
+impl Block {
+    fn new() -> Block {
+        Block {
+            n: 0,
+            keys: [std::ptr::null(); BLOCK],
+            values: [std::ptr::null(); BLOCK],
+            mask: [0.0; BLOCK],
+            masked: false,
+        }
+    }
+
+    /// Repeats the last row up to a multiple of 4, which is returned; those get weight 0.
+    fn pad(&mut self) -> usize {
+        let tile = self.n.next_multiple_of(4);
+        for i in self.n..tile {
+            self.keys[i] = self.keys[self.n - 1];
+            self.values[i] = self.values[self.n - 1];
+        }
+        tile
+    }
+}
+
+/// Walks over a part of the cells and fills blocks with the visible ones.
+struct Cursor<'a, 'c> {
+    cells: &'c Cells<'a>,
+    keys: Rows<'a>,
+    values: Rows<'a>,
+    mask: Option<Rows<'a>>,
+    n_kv: usize,
+    at: usize,
+    end: usize,
+    /// Index in the kept clusters of the one that holds `at`, or an earlier one.
+    cluster: usize,
+}
+
+impl Cursor<'_, '_> {
+    /// Takes a cell unless it is masked (or outside the cache, which a wrong binding could ask for).
+    #[inline]
+    fn push(&self, block: &mut Block, cell: usize, mask: Option<Rows<'_>>) {
+        const MINUS_INF: u16 = 0xfc00;
+        if cell >= self.n_kv {
+            return;
+        }
+        // SAFETY: the mask has a value for every cell.
+        let bits = mask.map_or(0, |m| unsafe { m.bits(cell) });
+        if bits == MINUS_INF {
+            return;
+        }
+        let n = block.n;
+        block.mask[n] = if bits == 0 { 0.0 } else { f16::from_bits(bits).to_f32() };
+        block.masked |= bits != 0;
+        block.keys[n] = self.keys.get(cell);
+        block.values[n] = self.values.get(cell);
+        block.n = n + 1;
+    }
+
+    fn fill(&mut self, block: &mut Block) {
+        block.n = 0;
+        block.masked = false;
+        while block.n < BLOCK && self.at < self.end {
+            match self.cells {
+                Cells::All(_) => {
+                    self.push(block, self.at, self.mask);
+                    self.at += 1;
+                }
+                Cells::Listed { lookup, .. } if self.at < lookup.binding.always.len() => {
+                    self.push(block, lookup.binding.always[self.at] as usize, self.mask);
+                    self.at += 1;
+                }
+                Cells::Listed { lookup, kept, cum } => {
+                    let j = (self.at - lookup.binding.always.len()) as u32;
+                    while cum[self.cluster + 1] <= j {
+                        self.cluster += 1;
+                    }
+                    let head_kv = lookup.pair.head_kv;
+                    let first = lookup.view.head_offsets(head_kv)[kept[self.cluster] as usize];
+                    let slot = (first + j - cum[self.cluster]) as usize;
+                    let n = (cum[self.cluster + 1] - j) as usize;
+                    let n = n.min(BLOCK - block.n).min(self.end - self.at);
+                    for slot in slot..slot + n {
+                        // Members are known to be visible.
+                        let token = lookup.view.member(head_kv, slot) as usize;
+                        self.push(block, lookup.binding.cells[token] as usize, None);
+                    }
+                    self.at += n;
+                }
+            }
+        }
+    }
+}
+
+/// Adds cells `from..to` of the list to the state. `scratch.q` holds the queries.
+///
+/// # Safety
+/// The call's arrays are as it says.
+pub(super) unsafe fn attend(
+    pair: &Pair<'_>,
+    cells: &Cells<'_>,
+    (from, to): (usize, usize),
+    scratch: &mut Scratch<'_>,
+    state: &mut State<'_>,
+) {
+    let p = pair.problem();
+    let group = p.n_group();
+    let Scratch { q, s, .. } = scratch;
+    // With a mask per head a cell may be hidden (its value NaN) from one head and visible to the next: no sharing then.
+    let own_masks = p.mask.is_some_and(|m| m.ne[2] > 1) && group > 1;
+    if !own_masks {
+        // SAFETY: the same contract.
+        return unsafe { sweep(pair, 0, cells, (from, to), q, s, state) };
+    }
+    for g in 0..group {
+        let q = &q[g * p.q.ne[0]..(g + 1) * p.q.ne[0]];
+        // SAFETY: the same contract.
+        unsafe { sweep(pair, g, cells, (from, to), q, s, &mut state.head(g)) };
+    }
+}
+
+/// The same for the heads in `state`, which start at head `g` of the group and share a mask.
+unsafe fn sweep(
+    pair: &Pair<'_>,
+    g: usize,
+    cells: &Cells<'_>,
+    (from, to): (usize, usize),
+    q: &[f32],
+    s: &mut [f32],
+    state: &mut State<'_>,
+) {
+    let p = pair.problem();
+    let mut cursor = Cursor {
+        cells,
+        keys: pair.keys(),
+        values: pair.values(),
+        mask: pair.mask(g),
+        n_kv: p.k.ne[1],
+        at: from,
+        end: to,
+        cluster: 0,
+    };
+    if let Cells::Listed { lookup, kept, cum } = cells {
+        let j = from.saturating_sub(lookup.binding.always.len()) as u32;
+        cursor.cluster = cum[..=kept.len()].partition_point(|c| *c <= j).saturating_sub(1);
+    }
+    let (mut block, mut next) = (Block::new(), Block::new());
+    cursor.fill(&mut block);
+    while block.n > 0 {
+        // The rows of the next block are fetched while this one is worked on.
+        cursor.fill(&mut next);
+        let tile = block.pad();
+        // SAFETY: the rows are in the cache.
+        unsafe { dots(pair.path, Source::F16, q, p.q.ne[0], &block.keys[..tile], &next.keys[..next.n], s) };
+        for (h, s) in s.chunks_exact_mut(BLOCK).take(state.m.len()).enumerate() {
+            if p.softcap != 0.0 {
+                cap(pair.path, &mut s[..block.n], p.softcap);
+            }
+            if block.masked {
+                let slope = p.slope(pair.first_head() + g + h);
+                s.iter_mut().zip(&block.mask).for_each(|(s, m)| *s += slope * m);
+            }
+        }
+        // SAFETY: as above.
+        unsafe { absorb(pair, s, block.n, &block.values[..tile], &next.values[..next.n], state) };
+        std::mem::swap(&mut block, &mut next);
+    }
+}
+
+/// Adds rows with scores `s` (`[heads][BLOCK]`, `n` of each count) to the state.
+///
+/// # Safety
+/// As for `accumulate`.
+unsafe fn absorb(
+    pair: &Pair<'_>,
+    s: &mut [f32],
+    n: usize,
+    values: &[*const u8],
+    next: &[*const u8],
+    state: &mut State<'_>,
+) {
+    let heads = state.m.len();
+    for (h, s) in s.chunks_exact_mut(BLOCK).take(heads).enumerate() {
+        let s = &mut s[..n.next_multiple_of(8)];
+        s[n..].fill(f32::NEG_INFINITY);
+        state.raise(h, max(pair.path, s));
+        let reference = if state.m[h] == f32::NEG_INFINITY { 0.0 } else { state.m[h] };
+        state.l[h] += exp_sum(pair.path, s, reference);
+    }
+    // SAFETY: the caller's contract.
+    unsafe { accumulate(pair.path, s, state.acc.len() / heads, values, next, state.acc) };
+}
+
+/// Adds the estimate of the dropped clusters: `n_i exp(x_i)` with the mean value.
+///
+/// # Safety
+/// Scores and selection are complete, and nobody else writes them meanwhile.
+pub(super) unsafe fn estimate(lookup: &Lookup<'_>, kept: &[u32], scratch: &mut Scratch<'_>, state: &mut State<'_>) {
+    let (p, c) = (lookup.pair.problem(), lookup.n_cluster());
+    let dv = p.v.ne[0];
+    let first = lookup.pair.head_kv * c;
+    let means = lookup.view.mean_values[first * dv..(first + c) * dv].as_ptr().cast();
+    let means = Rows::packed(means, 2 * dv);
+    let offsets = lookup.view.head_offsets(lookup.pair.head_kv);
+    let mut kept = kept.iter().copied().peekable();
+    let mut dropped = (0..c).filter(|i| kept.next_if_eq(&(*i as u32)).is_none());
+    loop {
+        let mut block = Block::new();
+        let mut clusters = [0usize; BLOCK];
+        for i in dropped.by_ref().take(BLOCK) {
+            clusters[block.n] = i;
+            block.values[block.n] = means.get(i);
+            block.n += 1;
+        }
+        if block.n == 0 {
+            return;
+        }
+        let tile = block.pad();
+        for (g, s) in scratch.s.chunks_exact_mut(BLOCK).enumerate() {
+            // SAFETY: the caller's contract.
+            let x = unsafe { lookup.space.x(g, 0, c) };
+            let s = &mut s[..block.n];
+            for (s, i) in s.iter_mut().zip(&clusters) {
+                *s = x[*i];
+            }
+            if p.softcap != 0.0 {
+                s.iter_mut().for_each(|s| *s /= p.softcap);
+                cap(lookup.pair.path, s, p.softcap);
+            }
+            for (s, i) in s.iter_mut().zip(&clusters) {
+                *s += ((offsets[i + 1] - offsets[*i]) as f32).ln();
+            }
+        }
+        // SAFETY: the rows are mean values of the index.
+        unsafe { absorb(&lookup.pair, scratch.s, block.n, &block.values[..tile], &[], state) };
+    }
+}

@@ -1,0 +1,108 @@
+//! The attention call on CPU threads that somebody else owns: a plan of stages, each run by every thread with a barrier
+//! between two stages. Knows nothing of ggml.
+//!
+//! `plan` cuts a call into tasks, `lookup` scores and selects clusters, `attend` runs over cells, `kernels` are the
+//! inner loops, `memory` is all pointer arithmetic.
+
+mod attend;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+mod check;
+mod kernels;
+mod lookup;
+mod memory;
+mod plan;
+mod scalar;
+
+use std::sync::OnceLock;
+
+pub use plan::{Options, Plan, Schedule};
+
+/// Smallest and largest head size, and the step between them, that the kernels take.
+pub const HEAD_DIM_MIN: usize = 64;
+pub const HEAD_DIM_MAX: usize = 256;
+pub const HEAD_DIM_STEP: usize = 8;
+
+/// Code path of the inner loops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Path {
+    Scalar,
+    /// AVX2, FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+}
+
+impl Path {
+    /// The best path of this processor; `GGML_SQUEEZE_CPU_PATH=scalar` forces the portable one. Decided once.
+    pub fn detect() -> Path {
+        static PATH: OnceLock<Path> = OnceLock::new();
+        *PATH.get_or_init(|| {
+            if std::env::var("GGML_SQUEEZE_CPU_PATH").is_ok_and(|v| v == "scalar") {
+                return Path::Scalar;
+            }
+            Path::best()
+        })
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn best() -> Path {
+        let all =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        if all {
+            Path::Avx2
+        } else {
+            Path::Scalar
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn best() -> Path {
+        Path::Scalar
+    }
+
+    /// Name for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Path::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx2 => "avx2+fma+f16c",
+        }
+    }
+}
+
+/// Name of the code path that plans use here.
+pub fn path() -> &'static str {
+    Path::detect().name()
+}
+
+/// Why a call cannot run here; the caller computes it densely, by other means.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unsupported {
+    #[error("{what} head size {size}: multiples of 8 from 64 to 256 are supported; such a layer stays dense")]
+    HeadDim { what: &'static str, size: usize },
+    #[error("{what} has a step of {step} bytes in dimension 0, {want} is needed: make it contiguous there")]
+    Stride { what: &'static str, step: usize, want: usize },
+    #[error("{what} has {got} elements in dimension {dim}, the call needs {want}: the tensors do not fit together")]
+    Shape { what: &'static str, dim: usize, got: usize, want: usize },
+    #[error("the call names {got} rows but has {want}: give one entry for each query of each stream")]
+    Rows { got: usize, want: usize },
+    #[error("a row names binding {got} of {n}: bind the index first, or make the row dense")]
+    NoBinding { got: usize, n: usize },
+    #[error("layer {layer} is not in the index: it stays dense")]
+    NoLayer { layer: u32 },
+    #[error("the index was built with {what} {index}, the call has {call}: build the index with this model")]
+    Index { what: &'static str, index: usize, call: usize },
+    #[error("a binding maps {got} {what}, the index needs {want}: bind the index again")]
+    Binding { what: &'static str, got: usize, want: usize },
+    #[error("sparse rows with ALiBi (max_bias {max_bias}): such a call stays dense")]
+    Alibi { max_bias: String },
+}
+
+/// How much of the prefix the sparse rows of a call attended to.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Kept {
+    /// Sum of `(S + selected keys) / (P - W)`.
+    pub share_sum: f64,
+    /// Number of (sparse row, KV head) pairs in the sum.
+    pub count: u64,
+}

@@ -1,0 +1,364 @@
+//! Cuts a call into tasks that threads claim one by one, and runs them.
+//!
+//! Split, for few rows: stage 0 scores chunks of clusters, and whoever finishes a pair's last chunk selects; stage 1
+//! attends to chunks of the cells, and whoever finishes a pair's last chunk merges. Fused, for many: one stage, a task is
+//! all of a pair. A pair is a (row, KV head).
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::attend::{attend, estimate, Cells, State};
+use super::check::check;
+use super::lookup::Lookup;
+use super::memory::{Carver, Pair, ScratchLayout, Space, SpaceLayout, Workspace};
+use super::{Kept, Path, Unsupported};
+use crate::attention::{Call, Mode, Problem, Row, Selection, Spread};
+
+/// Pairs per thread from which a task is a whole pair.
+const FUSED_PAIRS: usize = 4;
+/// Tasks per thread that splitting aims at, so that threads end together.
+const SPLIT_TASKS: usize = 4;
+/// Fewer clusters or cells than this are no task of their own.
+const MIN_CLUSTERS: usize = 64;
+const MIN_CELLS: usize = 128;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Schedule {
+    Split,
+    Fused,
+}
+
+/// What tests and benches choose by hand; `None` is the plan's choice.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    pub path: Option<Path>,
+    pub schedule: Option<Schedule>,
+}
+
+/// A stage's tickets. Ready again once every thread has left the stage.
+#[derive(Default)]
+struct Tickets {
+    next: AtomicUsize,
+    left: AtomicUsize,
+}
+
+/// An attention call ready to run. It may be run again with the same arrays.
+pub struct Plan {
+    call: Call,
+    path: Path,
+    schedule: Schedule,
+    n_threads: usize,
+    /// Sparse rows, and the place of each row among them.
+    sparse: Vec<usize>,
+    place: Vec<usize>,
+    space: SpaceLayout,
+    scratch: ScratchLayout,
+    memory: Workspace,
+    spaces_at: usize,
+    scratch_at: usize,
+    partials_at: usize,
+    kept_at: usize,
+    /// Chunks of clusters per sparse pair, and parts of cells (one more with the estimate) per pair.
+    n_chunk: usize,
+    n_part: usize,
+    tickets: [Tickets; 2],
+    /// Chunks done per sparse pair, and parts done per pair.
+    scored: Vec<AtomicUsize>,
+    attended: Vec<AtomicUsize>,
+}
+
+impl Plan {
+    /// Plans a call for about `n_threads` threads. Allocates from a pool; costs microseconds.
+    pub fn new(call: Call, n_threads: usize) -> Result<Plan, Unsupported> {
+        Plan::with_options(call, n_threads, Options::default())
+    }
+
+    /// Every row over all of its visible cells, with no index: the conformance path.
+    pub fn forced(problem: Problem, n_threads: usize) -> Result<Plan, Unsupported> {
+        let selection = Selection { mode: Mode::Budget(1.0), spread: Spread::None, alpha: 0.0, estimate: false };
+        let rows = vec![Row::Dense; problem.n_row()].into();
+        Plan::new(Call { problem, layer: 0, rows, bindings: Vec::new().into(), selection }, n_threads)
+    }
+
+    /// As `new`, with the code path or the schedule given.
+    pub fn with_options(call: Call, n_threads: usize, options: Options) -> Result<Plan, Unsupported> {
+        check(&call)?;
+        let p = &call.problem;
+        let (group, n_head_kv, n_threads) = (p.n_group(), p.k.ne[2], n_threads.max(1));
+        let mut sparse = Vec::new();
+        let mut place = Vec::with_capacity(call.rows.len());
+        for (row, kind) in call.rows.iter().enumerate() {
+            place.push(sparse.len());
+            if let Row::Sparse(_) = kind {
+                sparse.push(row);
+            }
+        }
+        let (mut n_cluster, mut n_sink) = (0, 0);
+        if !sparse.is_empty() {
+            for b in call.bindings.iter() {
+                n_cluster = n_cluster.max(b.index.layer(call.layer).map_or(0, |l| l.shape.n_cluster as usize));
+                n_sink = n_sink.max(b.index.meta().n_sink as usize);
+            }
+        }
+        let (pairs, sparse_pairs) = (call.rows.len() * n_head_kv, sparse.len() * n_head_kv);
+        let schedule = options.schedule.unwrap_or(match pairs >= FUSED_PAIRS * n_threads {
+            true => Schedule::Fused,
+            false => Schedule::Split,
+        });
+        let wanted = SPLIT_TASKS * n_threads;
+        let n_chunk = wanted.div_ceil(sparse_pairs.max(1)).clamp(1, n_cluster.div_ceil(MIN_CLUSTERS).max(1));
+        let n_part = wanted.div_ceil(pairs.max(1)).clamp(1, p.k.ne[1].div_ceil(MIN_CELLS).max(1));
+        let n_part = n_part + call.selection.estimate as usize;
+
+        let space = SpaceLayout::new(group, n_cluster, n_sink);
+        let scratch = ScratchLayout::new(group, p.q.ne[0], p.v.ne[0]);
+        let split = schedule == Schedule::Split;
+        let n_space = match (split, sparse.is_empty()) {
+            (_, true) => 0,
+            (true, _) => sparse_pairs,
+            (false, _) => n_threads,
+        };
+        let mut carver = Carver::default();
+        let spaces_at = carver.area::<u8>(n_space * space.bytes);
+        let scratch_at = carver.area::<u8>(n_threads * scratch.bytes);
+        let partials_at = carver.area::<u8>(if split { pairs * n_part * partial_bytes(p) } else { 0 });
+        let kept_at = carver.area::<u32>(sparse_pairs);
+        let counters = |n: usize| (0..if split { n } else { 0 }).map(|_| AtomicUsize::new(0)).collect();
+        Ok(Plan {
+            path: options.path.unwrap_or_else(Path::detect),
+            schedule,
+            n_threads,
+            sparse,
+            place,
+            space,
+            scratch,
+            memory: Workspace::take(carver.bytes),
+            spaces_at,
+            scratch_at,
+            partials_at,
+            kept_at,
+            n_chunk,
+            n_part,
+            tickets: Default::default(),
+            scored: counters(sparse_pairs),
+            attended: counters(pairs),
+            call,
+        })
+    }
+
+    /// Number of stages; every thread of a run goes through all of them.
+    pub fn n_stage(&self) -> usize {
+        match self.schedule {
+            Schedule::Split if !self.sparse.is_empty() => 2,
+            _ => 1,
+        }
+    }
+
+    /// Runs one stage's share of thread `ith` of `nth`. More threads than planned have nothing to do; fewer do it all.
+    ///
+    /// # Safety
+    /// The call's arrays are valid and unchanged during the run; all of the `nth` threads, each with its own `ith`, call
+    /// this once per stage, with a barrier between two stages and after the last.
+    pub unsafe fn run(&self, stage: usize, ith: usize, nth: usize) {
+        let lookup_stage = self.n_stage() == 2 && stage == 0;
+        let tickets = &self.tickets[stage];
+        if ith < self.n_threads {
+            let pairs = self.call.rows.len() * self.n_head_kv();
+            let n_task = match (self.schedule, lookup_stage) {
+                (Schedule::Fused, _) => pairs,
+                (_, true) => self.sparse.len() * self.n_head_kv() * self.n_chunk,
+                (_, false) => pairs * self.n_part,
+            };
+            loop {
+                let task = tickets.next.fetch_add(1, Ordering::Relaxed);
+                if task >= n_task {
+                    break;
+                }
+                // SAFETY: each task is claimed once; this thread's scratch is its own.
+                unsafe {
+                    match (self.schedule, lookup_stage) {
+                        (Schedule::Fused, _) => self.whole(task, ith),
+                        (_, true) => self.score(task, ith),
+                        (_, false) => self.attend(task, ith),
+                    }
+                }
+            }
+        }
+        if tickets.left.fetch_add(1, Ordering::AcqRel) + 1 == nth {
+            tickets.next.store(0, Ordering::Relaxed);
+            tickets.left.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// How much was kept; meaningful after the last stage.
+    pub fn kept(&self) -> Kept {
+        let mut out = Kept::default();
+        for pair in 0..self.sparse.len() * self.n_head_kv() {
+            let row = self.sparse[pair / self.n_head_kv()];
+            let Row::Sparse(n) = self.call.rows[row] else { continue };
+            let meta = self.call.bindings[n as usize].index.meta();
+            // SAFETY: the run is over, nobody writes.
+            let keys = unsafe { self.memory.shared::<u32>(self.kept_at + 4 * pair, 1) }[0];
+            out.share_sum += (meta.n_sink as f64 + keys as f64) / (meta.n_prefix() as f64 - meta.n_window as f64);
+            out.count += 1;
+        }
+        out
+    }
+
+    /// Kept clusters of a row and KV head, ascending, after a run; none for dense rows, and none with the fused schedule,
+    /// which forgets them.
+    pub fn selected(&self, row: usize, head_kv: usize) -> Option<Vec<u32>> {
+        if self.schedule == Schedule::Fused || self.call.rows[row] == Row::Dense {
+            return None;
+        }
+        let space = self.space(self.sparse_pair(row, head_kv));
+        // SAFETY: the run is over, nobody writes.
+        Some(unsafe { space.chosen() }.0.to_vec())
+    }
+
+    fn n_head_kv(&self) -> usize {
+        self.call.problem.k.ne[2]
+    }
+
+    /// Number of a sparse row's pair among the sparse ones.
+    fn sparse_pair(&self, row: usize, head_kv: usize) -> usize {
+        self.place[row] * self.n_head_kv() + head_kv
+    }
+
+    fn space(&self, n: usize) -> Space<'_> {
+        Space { memory: &self.memory, layout: &self.space, at: self.spaces_at + n * self.space.bytes }
+    }
+
+    fn pair(&self, row: usize, head_kv: usize) -> Pair<'_> {
+        Pair { call: &self.call, row, head_kv, path: self.path }
+    }
+
+    /// The lookup of a sparse pair in a space; none for a dense row.
+    fn lookup(&self, pair: Pair<'_>, space: usize) -> Option<Lookup<'_>> {
+        let Row::Sparse(n) = self.call.rows[pair.row] else { return None };
+        let binding = &self.call.bindings[n as usize];
+        let view = binding.index.layer(self.call.layer)?;
+        let pair = self.pair(pair.row, pair.head_kv);
+        Some(Lookup { pair, binding, view, space: self.space(space) })
+    }
+
+    /// Cells of a pair.
+    ///
+    /// # Safety
+    /// The selection, if there is one, is complete.
+    unsafe fn cells<'a>(&self, lookup: Option<Lookup<'a>>) -> Cells<'a> {
+        match lookup {
+            None => Cells::All(self.call.problem.k.ne[1]),
+            Some(lookup) => {
+                // SAFETY: the contract.
+                let (kept, cum) = unsafe { lookup.space.chosen() };
+                Cells::Listed { lookup, kept, cum }
+            }
+        }
+    }
+
+    /// # Safety
+    /// All scores of the sparse pair are there; no other task has its space.
+    unsafe fn select(&self, lookup: &Lookup<'_>) {
+        let pair = self.sparse_pair(lookup.pair.row, lookup.pair.head_kv);
+        // SAFETY: the contract; the number is this pair's own.
+        unsafe { self.memory.slice::<u32>(self.kept_at + 4 * pair, 1)[0] = lookup.select() };
+    }
+
+    /// Split, stage 0: scores of one chunk of clusters.
+    ///
+    /// # Safety
+    /// As for `run`; the same holds for the two below.
+    unsafe fn score(&self, task: usize, ith: usize) {
+        let (sparse_pair, chunk) = (task / self.n_chunk, task % self.n_chunk);
+        let (row, head_kv) = (self.sparse[sparse_pair / self.n_head_kv()], sparse_pair % self.n_head_kv());
+        let Some(lookup) = self.lookup(self.pair(row, head_kv), sparse_pair) else { return };
+        // SAFETY: chunks are disjoint; the last one done of a pair finds all of its scores (acquire below).
+        unsafe {
+            let (mut scratch, _) = self.scratch.open(&self.memory, self.scratch_at + ith * self.scratch.bytes);
+            lookup.pair.load_query(scratch.q);
+            let (from, to) = part(lookup.n_cluster(), chunk, self.n_chunk);
+            lookup.score(&mut scratch, from, to);
+            if chunk == 0 {
+                lookup.score_sinks(&mut scratch);
+            }
+            if self.last(&self.scored[sparse_pair], self.n_chunk) {
+                self.select(&lookup);
+            }
+        }
+    }
+
+    /// Split, stage 1: one part of a pair's cells.
+    unsafe fn attend(&self, task: usize, ith: usize) {
+        let (number, n) = (task / self.n_part, task % self.n_part);
+        let pair = self.pair(number / self.n_head_kv(), number % self.n_head_kv());
+        let p = pair.problem();
+        let group = p.n_group();
+        let lookup = self.lookup(pair, self.sparse_pair(pair.row, pair.head_kv));
+        let partial = |n: usize| self.partials_at + (number * self.n_part + n) * partial_bytes(p);
+        // SAFETY: a part's state is its task's own; the last one done of a pair may read all of them (acquire below).
+        unsafe {
+            let (mut scratch, merged) = self.scratch.open(&self.memory, self.scratch_at + ith * self.scratch.bytes);
+            let state = |at: usize| State::over(self.memory.slice(at, group * (p.v.ne[0] + 2)), group);
+            let mut own = state(partial(n));
+            own.reset();
+            pair.load_query(scratch.q);
+            let cells = self.cells(lookup);
+            let n_cut = self.n_part - self.call.selection.estimate as usize;
+            match &cells {
+                _ if n < n_cut => attend(&pair, &cells, part(cells.len(), n, n_cut), &mut scratch, &mut own),
+                Cells::Listed { lookup, kept, .. } => estimate(lookup, kept, &mut scratch, &mut own),
+                Cells::All(_) => {}
+            }
+            if self.last(&self.attended[number], self.n_part) {
+                let mut all = state(merged);
+                all.reset();
+                (0..self.n_part).for_each(|n| all.merge(&state(partial(n))));
+                all.finish(&pair);
+            }
+        }
+    }
+
+    /// Fused: all of a pair. Tasks of a KV head follow each other, so that its centroids stay in cache.
+    unsafe fn whole(&self, task: usize, ith: usize) {
+        let pair = self.pair(task % self.call.rows.len(), task / self.call.rows.len());
+        let p = pair.problem();
+        // SAFETY: scratch and space number `ith` are this thread's own.
+        unsafe {
+            let (mut scratch, at) = self.scratch.open(&self.memory, self.scratch_at + ith * self.scratch.bytes);
+            pair.load_query(scratch.q);
+            let lookup = self.lookup(pair, ith);
+            if let Some(lookup) = &lookup {
+                lookup.score(&mut scratch, 0, lookup.n_cluster());
+                lookup.score_sinks(&mut scratch);
+                self.select(lookup);
+            }
+            let mut state = State::over(self.memory.slice(at, p.n_group() * (p.v.ne[0] + 2)), p.n_group());
+            state.reset();
+            let cells = self.cells(lookup);
+            attend(&pair, &cells, (0, cells.len()), &mut scratch, &mut state);
+            if let (Cells::Listed { lookup, kept, .. }, true) = (&cells, self.call.selection.estimate) {
+                estimate(lookup, kept, &mut scratch, &mut state);
+            }
+            state.finish(&pair);
+        }
+    }
+
+    /// Counts a finished part; true for the last of `n`, which then sees what the others wrote.
+    fn last(&self, counter: &AtomicUsize, n: usize) -> bool {
+        let last = counter.fetch_add(1, Ordering::AcqRel) + 1 == n;
+        if last {
+            counter.store(0, Ordering::Relaxed);
+        }
+        last
+    }
+}
+
+/// Bytes of a softmax state of a group, on cache lines of its own.
+fn partial_bytes(p: &Problem) -> usize {
+    (4 * p.n_group() * (p.v.ne[0] + 2)).next_multiple_of(64)
+}
+
+/// Part `i` of `n` of `0..len`.
+fn part(len: usize, i: usize, n: usize) -> (usize, usize) {
+    (len * i / n, len * (i + 1) / n)
+}

@@ -1,0 +1,226 @@
+//! The written specification of squeezed attention, in f64: slow, allocating, clear. Kernels are tested against it.
+
+use half::f16;
+
+use super::{keys_of_share, Array, Binding, Call, Mode, Problem, Row, Spread};
+use crate::index::LayerView;
+
+/// Scores of every cluster for one query row and KV head.
+#[derive(Clone, Debug)]
+pub struct Scores {
+    /// `[G][C]` plain logit `s q.c_i` (no soft-cap); -inf where it is not finite.
+    pub x: Vec<Vec<f64>>,
+    /// `[G][C]` selection score: `x` plus the spread bonus.
+    pub y: Vec<Vec<f64>>,
+    /// `[C]` p_i: probability per key, from `y`, mean over the group.
+    pub p: Vec<f64>,
+    /// Mass of the sinks under the same softmax, mean over the group.
+    pub sink_share: f64,
+}
+
+fn address(a: &Array, i: [usize; 4]) -> *const u8 {
+    let at: usize = i.iter().zip(a.nb).map(|(i, nb)| i * nb).sum();
+    a.data.wrapping_add(at)
+}
+
+fn read_f16(a: &Array, i: [usize; 4]) -> f64 {
+    // SAFETY: the caller's indexes are below `ne`, and the maker of the call vouches for the memory behind the array.
+    unsafe { address(a, i).cast::<f16>().read_unaligned() }.to_f64()
+}
+
+fn read_f32(a: &Array, i: [usize; 4]) -> f64 {
+    // SAFETY: as in `read_f16`.
+    unsafe { address(a, i).cast::<f32>().read_unaligned() as f64 }
+}
+
+/// Stream of K or V that a stream of Q reads.
+fn stream_of(p: &Problem, a: &Array, stream: usize) -> usize {
+    stream / (p.q.ne[3] / a.ne[3])
+}
+
+fn dot_key(p: &Problem, row: usize, head: usize, cell: usize) -> f64 {
+    let (stream, query) = (row / p.q.ne[1], row % p.q.ne[1]);
+    let (head_kv, from) = (head / p.n_group(), stream_of(p, &p.k, stream));
+    (0..p.q.ne[0]).map(|d| read_f32(&p.q, [d, query, head, stream]) * read_f16(&p.k, [d, cell, head_kv, from])).sum()
+}
+
+/// Additive mask of a cell; 0 without a mask.
+fn mask(p: &Problem, row: usize, head: usize, cell: usize) -> f64 {
+    let (stream, query) = (row / p.q.ne[1], row % p.q.ne[1]);
+    p.mask.as_ref().map_or(0.0, |m| read_f16(m, [cell, query, head % m.ne[2], stream % m.ne[3]]))
+}
+
+fn cap(p: &Problem, s: f64) -> f64 {
+    if p.softcap == 0.0 {
+        s
+    } else {
+        p.softcap as f64 * s.tanh()
+    }
+}
+
+fn finite(x: f64) -> f64 {
+    if x.is_finite() {
+        x
+    } else {
+        f64::NEG_INFINITY
+    }
+}
+
+/// Both scores of every cluster. `row` must be sparse and its layer in the index.
+pub fn scores(call: &Call, row: usize, head_kv: usize) -> Scores {
+    let p = &call.problem;
+    let (binding, view) = bound(call, row);
+    let (c, dk, group) = (view.shape.n_cluster as usize, p.q.ne[0], p.n_group());
+    let (stream, query) = (row / p.q.ne[1], row % p.q.ne[1]);
+    let s = p.logit_scale() as f64;
+    let offsets = view.head_offsets(head_kv);
+    let mut out = Scores { x: Vec::new(), y: Vec::new(), p: vec![0.0; c], sink_share: 0.0 };
+    for head in head_kv * group..(head_kv + 1) * group {
+        let q: Vec<f64> = (0..dk).map(|d| read_f32(&p.q, [d, query, head, stream])).collect();
+        let norm = q.iter().map(|q| q * q).sum::<f64>().sqrt();
+        let (mut x, mut y) = (Vec::new(), Vec::new());
+        for i in head_kv * c..(head_kv + 1) * c {
+            let plain = s * (0..dk).map(|d| q[d] * view.centroids[i * dk + d].to_f64()).sum::<f64>();
+            let width = match call.selection.spread {
+                Spread::None => 0.0,
+                Spread::Radius => norm * view.radii[i] as f64,
+                Spread::Diag => {
+                    let sum: f64 = (0..dk).map(|d| q[d] * q[d] * view.variances[i * dk + d] as f64).sum();
+                    (sum * view.variance_scales[i] as f64).sqrt()
+                }
+            };
+            x.push(finite(plain));
+            y.push(finite(plain + call.selection.alpha as f64 * s * width));
+        }
+        let n_sink = binding.index.meta().n_sink as usize;
+        let sinks: Vec<f64> =
+            binding.always[..n_sink].iter().map(|cell| finite(s * dot_key(p, row, head, *cell as usize))).collect();
+        let max = y.iter().chain(&sinks).fold(f64::NEG_INFINITY, |m, s| m.max(*s));
+        if max > f64::NEG_INFINITY {
+            let sink_sum: f64 = sinks.iter().map(|s| (s - max).exp()).sum();
+            let cluster_sum: f64 = (0..c).map(|i| (offsets[i + 1] - offsets[i]) as f64 * (y[i] - max).exp()).sum();
+            let total = (sink_sum + cluster_sum) * group as f64;
+            (0..c).for_each(|i| out.p[i] += (y[i] - max).exp() / total);
+            out.sink_share += sink_sum / total;
+        }
+        out.x.push(x);
+        out.y.push(y);
+    }
+    out
+}
+
+/// Clusters kept for one sparse row and KV head, ascending. Best first means: higher p, then lower number.
+pub fn selection(call: &Call, row: usize, head_kv: usize) -> Vec<u32> {
+    let (binding, view) = bound(call, row);
+    let meta = binding.index.meta();
+    let Scores { p, sink_share, .. } = scores(call, row, head_kv);
+    let offsets = view.head_offsets(head_kv);
+    let size = |i: u32| (offsets[i as usize + 1] - offsets[i as usize]) as usize;
+    let mut order: Vec<u32> = (0..p.len() as u32).collect();
+    order.sort_by(|a, b| p[*b as usize].total_cmp(&p[*a as usize]).then(a.cmp(b)));
+    let until_share = |share: f32| {
+        let target = keys_of_share(share, meta.n_prefix(), meta.n_window as usize);
+        let mut keys = meta.n_sink as usize;
+        order.iter().copied().take_while(|i| (keys < target || share >= 1.0, keys += size(*i)).0).collect::<Vec<_>>()
+    };
+    let mut kept = match call.selection.mode {
+        Mode::Budget(share) => until_share(share),
+        Mode::Threshold { threshold, floor } => {
+            let above = order.iter().take_while(|i| p[**i as usize] >= threshold as f64).count();
+            let floor = until_share(floor).len();
+            order[..above.max(floor)].to_vec()
+        }
+        Mode::Mass(share) => {
+            let mut mass = sink_share;
+            let more = |i: &u32| (mass < share as f64 || share >= 1.0, mass += size(*i) as f64 * p[*i as usize]).0;
+            order.iter().copied().take_while(more).collect()
+        }
+    };
+    kept.sort_unstable();
+    kept
+}
+
+/// The whole call: `[stream][query][head][head_dim_v]`.
+pub fn run(call: &Call) -> Vec<f64> {
+    run_with(call, &|row, head_kv| selection(call, row, head_kv))
+}
+
+/// The whole call with the kept clusters of each sparse `(row, head_kv)` given: isolates attention from selection.
+pub fn run_with(call: &Call, kept: &dyn Fn(usize, usize) -> Vec<u32>) -> Vec<f64> {
+    let p = &call.problem;
+    let mut out = Vec::with_capacity(p.n_row() * p.q.ne[2] * p.v.ne[0]);
+    for row in 0..p.n_row() {
+        let mut lists = Vec::new();
+        for head_kv in 0..p.k.ne[2] {
+            lists.push(match call.rows[row] {
+                Row::Dense => None,
+                Row::Sparse(_) => Some(kept(row, head_kv)),
+            });
+        }
+        for head in 0..p.q.ne[2] {
+            out.extend(attend(call, row, head, lists[head / p.n_group()].as_deref()));
+        }
+    }
+    out
+}
+
+/// One row of one head: exact softmax over its visible cells, the estimate of dropped clusters, ggml's sink.
+fn attend(call: &Call, row: usize, head: usize, kept: Option<&[u32]>) -> Vec<f64> {
+    let p = &call.problem;
+    let (head_kv, from) = (head / p.n_group(), stream_of(p, &p.v, row / p.q.ne[1]));
+    let dv = p.v.ne[0];
+    let cell_value = |cell: usize| -> Vec<f64> { (0..dv).map(|d| read_f16(&p.v, [d, cell, head_kv, from])).collect() };
+    let mut cells: Vec<usize> = Vec::new();
+    let mut terms: Vec<(f64, f64, Vec<f64>)> = Vec::new();
+    match kept {
+        None => cells.extend(0..p.k.ne[1]),
+        Some(kept) => {
+            let (binding, view) = bound(call, row);
+            let offsets = view.head_offsets(head_kv);
+            cells.extend(binding.always.iter().map(|cell| *cell as usize));
+            for i in kept {
+                for j in offsets[*i as usize]..offsets[*i as usize + 1] {
+                    cells.push(binding.cells[view.member(head_kv, j as usize) as usize] as usize);
+                }
+            }
+            if call.selection.estimate {
+                let x = &scores(call, row, head_kv).x[head % p.n_group()];
+                for i in (0..x.len()).filter(|i| !kept.contains(&(*i as u32))) {
+                    let at = (head_kv * x.len() + i) * dv;
+                    let mean = view.mean_values[at..at + dv].iter().map(|v| v.to_f64()).collect();
+                    let logit = if p.softcap == 0.0 { x[i] } else { cap(p, x[i] / p.softcap as f64) };
+                    terms.push(((offsets[i + 1] - offsets[i]) as f64, logit, mean));
+                }
+            }
+        }
+    }
+    for cell in cells {
+        let m = mask(p, row, head, cell);
+        if m > f64::NEG_INFINITY {
+            let s = cap(p, p.scale as f64 * dot_key(p, row, head, cell)) + p.slope(head) as f64 * m;
+            terms.push((1.0, s, cell_value(cell)));
+        }
+    }
+    // SAFETY: the maker of the call vouches for `n_head` floats.
+    let sink = p.sinks.map_or(f64::NEG_INFINITY, |s| unsafe { s.add(head).read() } as f64);
+    let max = terms.iter().fold(sink, |m, t| m.max(t.1));
+    let mut out = vec![0.0; dv];
+    if max == f64::NEG_INFINITY {
+        return out;
+    }
+    let mut sum = (sink - max).exp();
+    for (n, s, value) in &terms {
+        let weight = n * (s - max).exp();
+        sum += weight;
+        out.iter_mut().zip(value).for_each(|(o, v)| *o += weight * v);
+    }
+    out.iter_mut().for_each(|o| *o /= sum);
+    out
+}
+
+fn bound(call: &Call, row: usize) -> (&Binding, LayerView<'_>) {
+    let Row::Sparse(n) = call.rows[row] else { panic!("row {row} is dense: it has no clusters") };
+    let binding = &call.bindings[n as usize];
+    let view = binding.index.layer(call.layer).expect("a sparse row's layer is in its index");
+    (binding, view)
+}

@@ -1,0 +1,205 @@
+//! What one backend instance knows of its KV cache: which index is bound to which cells, and when that ends. A binding is
+//! trusted for a graph only after its cells were checked against what the graph will write and what the cache holds now.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::binding::{always_cells, CacheRows, Matcher};
+use super::runtime::{count, Snapshot};
+use super::stats::log;
+use super::tensor::{cache_rows, Tensor};
+use crate::attention::Binding;
+
+/// Prefix tokens whose sketch is compared again in every graph, in turn.
+const ROTATING_SAMPLE: usize = 16;
+/// Searches for a binding per graph; each costs one pass over a layer's visible keys.
+pub const MAX_SEARCHES: usize = 8;
+
+/// One index bound to cells of one stream.
+pub struct Bound {
+    pub index_number: usize,
+    pub stream: usize,
+    pub cells: Arc<[u32]>,
+    pub contiguous: bool,
+    holds: Vec<bool>,
+    always: Option<(usize, Arc<[u32]>)>,
+    /// K and V of the last clustered token in the deepest indexed layer, as they were when bound. That row depends on every
+    /// prefix token, so another text, restored or recomputed in these cells, changes its bits.
+    guard: Vec<u8>,
+    next_sample: usize,
+}
+
+impl Bound {
+    fn is_written(&self, writes: &Writes) -> bool {
+        let n_cell = self.holds.len();
+        writes.rows.iter().any(|&row| {
+            let row = row.max(0) as usize;
+            row / n_cell == self.stream && self.holds[row % n_cell]
+        })
+    }
+}
+
+/// What the present graph does to the cache.
+#[derive(Default)]
+pub struct Writes {
+    /// Rows (cell + stream * cells per stream) that SET_ROWS nodes replace.
+    pub rows: Vec<i64>,
+    /// Something writes where it cannot be seen: nothing is trusted in this graph.
+    pub opaque: bool,
+}
+
+#[derive(Default)]
+pub struct Caches {
+    layers: HashMap<u32, (Option<Tensor>, Option<Tensor>)>,
+    deepest_seen: u32,
+    pub bound: Vec<Bound>,
+    generation: u64,
+}
+
+fn guard_layer(matcher: &Matcher) -> u32 {
+    matcher.index.shapes().last().map_or(0, |s| s.layer)
+}
+
+fn bytes_of(rows: &CacheRows, cell: usize) -> Vec<u8> {
+    let (k, v) = (rows.k_row(cell), rows.v_row(cell));
+    k.iter().chain(v).flat_map(|x| x.to_bits().to_ne_bytes()).collect()
+}
+
+impl Caches {
+    /// Forgets cache tensors of an earlier pass (their memory may be gone) and bindings of replaced indexes. `lowest` is
+    /// the lowest layer of the graph at hand: with an eval callback a pass comes in several graphs, in layer order.
+    pub fn begin(&mut self, lowest: u32, snapshot: &Snapshot) {
+        if lowest < self.deepest_seen || self.layers.len() <= 1 {
+            self.layers.clear();
+            self.deepest_seen = 0;
+        }
+        if self.generation != snapshot.generation {
+            self.bound.clear();
+            self.generation = snapshot.generation;
+        }
+    }
+
+    pub fn see(&mut self, layer: u32, k: Option<Tensor>, v: Option<Tensor>) {
+        let entry = self.layers.entry(layer).or_default();
+        entry.0 = k.or(entry.0);
+        entry.1 = v.or(entry.1);
+        self.deepest_seen = self.deepest_seen.max(layer);
+    }
+
+    pub fn rows(&self, layer: u32, stream: usize) -> Option<CacheRows> {
+        let (Some(k), Some(v)) = *self.layers.get(&layer)? else { return None };
+        cache_rows(k, v, stream)
+    }
+
+    /// Drops every binding that this graph's writes or the cache's present content contradict.
+    pub fn check(&mut self, snapshot: &Snapshot, writes: &Writes) {
+        let mut kept = Vec::new();
+        for mut bound in std::mem::take(&mut self.bound) {
+            let why = if writes.opaque {
+                "the cache is rewritten as a whole"
+            } else if bound.is_written(writes) {
+                "its cells are overwritten"
+            } else if !self.still_holds(&mut bound, snapshot) {
+                "its cells hold something else now"
+            } else {
+                kept.push(bound);
+                continue;
+            };
+            count(|s| s.unbound += 1);
+            if snapshot.config.log > 0 {
+                let index = name(snapshot, bound.index_number);
+                log(format_args!("{index} is no longer bound to stream {}: {why}", bound.stream));
+            }
+        }
+        self.bound = kept;
+    }
+
+    fn still_holds(&self, bound: &mut Bound, snapshot: &Snapshot) -> bool {
+        let matcher = &snapshot.indexes[bound.index_number].matcher;
+        let last = bound.cells[matcher.last_clustered()] as usize;
+        // layers of this pass that have not come by yet (eval callback) cannot be compared; nothing is sparse without them
+        if let Some(rows) = self.rows(matcher.index.sketch().layer, bound.stream) {
+            let n = bound.cells.len();
+            let same = |t: usize| {
+                let cell = bound.cells[t] as usize;
+                cell < rows.n_cell && matcher.matches(t, &rows, cell)
+            };
+            let mut sample = (0..ROTATING_SAMPLE).map(|j| (bound.next_sample + j) % n);
+            if !(sample.all(same) && same(matcher.last_clustered())) {
+                return false;
+            }
+            bound.next_sample = (bound.next_sample + ROTATING_SAMPLE) % n;
+        }
+        match self.rows(guard_layer(matcher), bound.stream) {
+            Some(deep) => last < deep.n_cell && bytes_of(&deep, last) == bound.guard,
+            None => true,
+        }
+    }
+
+    /// Number of a new binding for a query row that sees exactly `visible` (ascending), if an index fits.
+    pub fn search(&mut self, snapshot: &Snapshot, stream: usize, visible: &[u32], writes: &Writes) -> Option<usize> {
+        for (index_number, loaded) in snapshot.indexes.iter().enumerate() {
+            let matcher = &loaded.matcher;
+            let n = matcher.index.meta().n_prefix();
+            if n < snapshot.config.min_prefix || visible.len() < n {
+                continue;
+            }
+            let Some(rows) = self.rows(matcher.index.sketch().layer, stream) else { continue };
+            let written: Vec<u32> = writes
+                .rows
+                .iter()
+                .filter(|&&r| r as usize / rows.n_cell == stream)
+                .map(|&r| (r as usize % rows.n_cell) as u32)
+                .collect();
+            let Some(cells) = matcher.find(&rows, visible, &|cell| !written.contains(&cell)) else { continue };
+            if !matcher.probes_agree(&cells, &|layer| self.rows(layer, stream)) {
+                continue;
+            }
+            let Some(deep) = self.rows(guard_layer(matcher), stream) else { continue };
+            let contiguous = cells.windows(2).all(|w| w[1] == w[0] + 1);
+            if snapshot.config.log > 0 {
+                let how = if contiguous { "contiguous" } else { "scattered" };
+                let (index, first) = (name(snapshot, index_number), cells[0]);
+                log(format_args!("{index} is bound: {n} tokens from cell {first} of stream {stream}, {how}"));
+            }
+            count(|s| s.bound += 1);
+            let mut holds = vec![false; rows.n_cell];
+            cells.iter().for_each(|&c| holds[c as usize] = true);
+            let guard = bytes_of(&deep, cells[matcher.last_clustered()] as usize);
+            self.bound.push(Bound {
+                index_number,
+                stream,
+                cells: cells.into(),
+                contiguous,
+                holds,
+                always: None,
+                guard,
+                next_sample: 0,
+            });
+            return Some(self.bound.len() - 1);
+        }
+        None
+    }
+
+    /// The binding as `attention` takes it, for a call over cells below `n_kv`.
+    pub fn binding(&mut self, i: usize, snapshot: &Snapshot, n_kv: usize) -> Binding {
+        let bound = &mut self.bound[i];
+        let index = snapshot.indexes[bound.index_number].matcher.index.clone();
+        let always = match &bound.always {
+            Some((n, always)) if *n == n_kv => always.clone(),
+            _ => {
+                let meta = index.meta();
+                let made = always_cells(&bound.cells, meta.n_sink as usize, meta.n_window as usize, n_kv);
+                let made: Arc<[u32]> = made.into();
+                bound.always = Some((n_kv, made.clone()));
+                made
+            }
+        };
+        Binding { index, cells: bound.cells.clone(), always }
+    }
+}
+
+fn name(snapshot: &Snapshot, index_number: usize) -> String {
+    let index = &snapshot.indexes[index_number].matcher.index;
+    index.path().map_or_else(|| "index".to_string(), |p| p.display().to_string())
+}

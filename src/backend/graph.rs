@@ -1,0 +1,381 @@
+//! Decides, node by node, what of a graph is computed sparse, and makes the graph that the stock CPU backend computes
+//! instead: each sparse FLASH_ATTN_EXT becomes GGML_OP_CUSTOM nodes, one per stage, run by ggml's own threads.
+
+use std::ffi::{c_int, c_void};
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::Arc;
+
+use ggml_sys as sys;
+
+use super::cache::{Caches, Writes, MAX_SEARCHES};
+use super::runtime::{count, Snapshot};
+use super::stats::Reason;
+use super::tensor::{problem, Half, Tensor};
+use crate::attention::cpu::Plan;
+use crate::attention::{Array, Binding, Call, Problem, Row};
+
+/// What a custom node does.
+enum Work {
+    Attend {
+        plan: Arc<Plan>,
+        stage: usize,
+    },
+    /// Zeros: what attention would cost if it were free (bench).
+    Zero(Array),
+}
+
+/// User data of a custom node; lives in [`Rewrite`] until the graph is done.
+pub struct Stage {
+    work: Work,
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    /// A kernel panicked: the graph's result must not be used.
+    failed: AtomicBool,
+    n_threads: AtomicUsize,
+}
+
+/// A graph with sparse nodes replaced, and what it needs to stay alive.
+pub struct Rewrite {
+    pub nodes: Vec<*mut sys::ggml_tensor>,
+    custom: Vec<Box<sys::ggml_tensor>>,
+    stages: Vec<Box<Stage>>,
+    plans: Vec<(Arc<Plan>, bool)>,
+    shared: Arc<Shared>,
+}
+
+/// State of one backend instance.
+pub struct Instance {
+    caches: Caches,
+    n_threads: usize,
+}
+
+impl Default for Instance {
+    fn default() -> Self {
+        let n_threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        Instance { caches: Caches::default(), n_threads }
+    }
+}
+
+/// Rows of all nodes that share one mask and one place in the cache.
+struct Rows {
+    key: (usize, usize, usize),
+    rows: Arc<[Row]>,
+    bindings: Arc<[Binding]>,
+    /// Number of the loaded index behind each binding.
+    index_numbers: Vec<usize>,
+}
+
+unsafe extern "C" fn run_stage(_dst: *mut sys::ggml_tensor, ith: c_int, nth: c_int, data: *mut c_void) {
+    // SAFETY: `data` is a Stage of a Rewrite that outlives the graph's computation.
+    let stage = unsafe { &*data.cast::<Stage>() };
+    let (ith, nth) = (ith as usize, nth as usize);
+    stage.shared.n_threads.store(nth, Ordering::Relaxed);
+    let run = AssertUnwindSafe(|| match &stage.work {
+        // SAFETY: ggml calls every thread of a node once and puts a barrier between nodes; tensors are live.
+        Work::Attend { plan, stage } => unsafe { plan.run(*stage, ith, nth) },
+        Work::Zero(dst) => zero(dst, ith, nth),
+    });
+    if catch_unwind(run).is_err() {
+        stage.shared.failed.store(true, Ordering::Relaxed);
+    }
+}
+
+fn zero(dst: &Array, ith: usize, nth: usize) {
+    let [n0, n1, n2, n3] = dst.ne;
+    for r in (ith..n1 * n2 * n3).step_by(nth) {
+        let (i1, i2, i3) = (r % n1, r / n1 % n2, r / n1 / n2);
+        // SAFETY: a row of the node's own output, inside its extents.
+        unsafe {
+            let row = dst.data.add(i1 * dst.nb[1] + i2 * dst.nb[2] + i3 * dst.nb[3]);
+            std::ptr::write_bytes(row, 0, n0 * 4);
+        }
+    }
+}
+
+impl Rewrite {
+    fn new() -> Rewrite {
+        Rewrite { nodes: Vec::new(), custom: Vec::new(), stages: Vec::new(), plans: Vec::new(), shared: Arc::default() }
+    }
+
+    fn push(&mut self, node: &sys::ggml_tensor, work: Work) {
+        let mut stage = Box::new(Stage { work, shared: self.shared.clone() });
+        let parameters = sys::ggml_custom_op_params {
+            fun: Some(run_stage),
+            n_tasks: sys::GGML_N_TASKS_MAX,
+            userdata: (&mut *stage as *mut Stage).cast(),
+        };
+        let mut custom = Box::new(*node);
+        custom.op = sys::GGML_OP_CUSTOM;
+        custom.op_params.fill(0);
+        // SAFETY: op_params is 64 bytes, aligned for pointers by the fields before it is not promised: copied as bytes.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                (&raw const parameters).cast::<u8>(),
+                custom.op_params.as_mut_ptr().cast::<u8>(),
+                size_of_val(&parameters),
+            );
+        }
+        self.nodes.push(&mut *custom);
+        self.custom.push(custom);
+        self.stages.push(stage);
+    }
+
+    fn push_plan(&mut self, node: &sys::ggml_tensor, plan: Plan, forced: bool) {
+        let plan = Arc::new(plan);
+        for stage in 0..plan.n_stage() {
+            self.push(node, Work::Attend { plan: plan.clone(), stage });
+        }
+        self.plans.push((plan, forced));
+    }
+
+    /// Books what was computed; false if a kernel failed and the result must not be used.
+    pub fn finish(&self, instance: &mut Instance) -> bool {
+        match self.shared.n_threads.load(Ordering::Relaxed) {
+            0 => {}
+            n => instance.n_threads = n,
+        }
+        count(|s| {
+            for (plan, forced) in &self.plans {
+                if !forced {
+                    let kept = plan.kept();
+                    s.add_kept(kept.share_sum, kept.count);
+                }
+            }
+        });
+        !self.shared.failed.load(Ordering::Relaxed)
+    }
+}
+
+impl Instance {
+    /// The graph to compute instead of `graph`, or `None` where nothing is ours: then the caller passes it through as it is.
+    pub fn rewrite(&mut self, graph: &[*mut sys::ggml_tensor], snapshot: &Snapshot) -> Option<Rewrite> {
+        let config = &snapshot.config;
+        if config.disable {
+            // writes pass unseen from here on: bindings must be found anew
+            self.caches.bound.clear();
+            return None;
+        }
+        if !(config.force || config.attention_free || !snapshot.indexes.is_empty()) {
+            return None;
+        }
+        // SAFETY: nodes of the graph that ggml hands us to compute.
+        let nodes: Vec<Tensor> = graph.iter().filter_map(|&n| unsafe { Tensor::new(n) }).collect();
+        if nodes.len() != graph.len() {
+            return None;
+        }
+        let writes = self.survey(&nodes, snapshot);
+        if !nodes.iter().any(Tensor::is_flash_attention) {
+            return None;
+        }
+        count(|s| s.graphs += 1);
+        let mut rewrite = Rewrite::new();
+        let mut known: Vec<Rows> = Vec::new();
+        let mut searches = 0;
+        for (&raw, node) in graph.iter().zip(&nodes) {
+            if !node.is_flash_attention() {
+                rewrite.nodes.push(raw);
+                continue;
+            }
+            match self.replace(*node, snapshot, &writes, &mut known, &mut searches, &mut rewrite) {
+                Ok(()) => {}
+                Err(reason) => {
+                    count(|s| s.dense(reason));
+                    rewrite.nodes.push(raw);
+                }
+            }
+        }
+        (!rewrite.custom.is_empty()).then_some(rewrite)
+    }
+
+    /// Learns the cache tensors of the graph and what it writes to them, and drops bindings that no longer hold.
+    fn survey(&mut self, nodes: &[Tensor], snapshot: &Snapshot) -> Writes {
+        let mut writes = Writes::default();
+        let mut seen = Vec::new();
+        let mut index_tensors = Vec::new();
+        for node in nodes {
+            let indexed = |layer: u32| snapshot.indexes.iter().any(|l| l.matcher.index.layer(layer).is_some());
+            if node.is_flash_attention() {
+                for root in [node.src(1), node.src(2)].into_iter().flatten().map(|t| t.root()) {
+                    seen.extend(root.cache_layer().map(|(layer, half)| (layer, half, root)));
+                }
+                continue;
+            }
+            if node.is_alias() {
+                continue;
+            }
+            let root = node.root();
+            let Some((layer, half)) = root.cache_layer() else { continue };
+            seen.push((layer, half, root));
+            if !indexed(layer) {
+                continue;
+            }
+            let indices = if node.is_set_rows() { node.src(1) } else { None };
+            match indices {
+                Some(t) if index_tensors.contains(&t.address()) => {}
+                Some(t) if half == Half::K && t.is_leaf() => match t.indices() {
+                    Some(rows) => {
+                        index_tensors.push(t.address());
+                        writes.rows.extend(rows);
+                    }
+                    None => writes.opaque = true,
+                },
+                // V rows go where K rows go
+                Some(_) if half == Half::V => {}
+                _ => writes.opaque = true,
+            }
+        }
+        if let Some(lowest) = seen.iter().map(|s| s.0).min() {
+            self.caches.begin(lowest, snapshot);
+        }
+        for (layer, half, root) in seen {
+            let (k, v) = if half == Half::K { (Some(root), None) } else { (None, Some(root)) };
+            self.caches.see(layer, k, v);
+        }
+        self.caches.check(snapshot, &writes);
+        writes
+    }
+
+    fn replace(
+        &mut self,
+        node: Tensor,
+        snapshot: &Snapshot,
+        writes: &Writes,
+        known: &mut Vec<Rows>,
+        searches: &mut usize,
+        rewrite: &mut Rewrite,
+    ) -> Result<(), Reason> {
+        if snapshot.config.attention_free {
+            rewrite.push(node.raw(), Work::Zero(node.array()));
+            return Ok(());
+        }
+        let problem = problem(node)?;
+        if snapshot.config.force {
+            let plan = Plan::forced(problem, self.n_threads).map_err(|_| Reason::Kernel)?;
+            rewrite.push_plan(node.raw(), plan, true);
+            count(|s| s.nodes_forced += 1);
+            return Ok(());
+        }
+        let k = node.src(1).ok_or(Reason::Shape)?;
+        let root = k.root();
+        let Some((layer, Half::K)) = root.cache_layer() else { return Err(Reason::NoCache) };
+        if snapshot.indexes.iter().all(|l| l.matcher.index.layer(layer).is_none()) {
+            return Err(Reason::Layer);
+        }
+        if problem.max_bias != 0.0 {
+            return Err(Reason::Alibi);
+        }
+        let mask = node.src(3).ok_or(Reason::Mask)?;
+        let first_stream = k.offset_in(root) / root.raw().nb[2].max(1);
+        let key = (mask.address(), first_stream, problem.k.ne[1]);
+        let at = match known.iter().position(|r| r.key == key) {
+            Some(at) => at,
+            None => {
+                let rows = self.rows(key, mask, &problem, snapshot, writes, searches)?;
+                known.push(rows);
+                known.len() - 1
+            }
+        };
+        let Rows { rows, bindings, index_numbers, .. } = &known[at];
+        let Some(&number) = index_numbers.first() else { return Err(Reason::Unbound) };
+        if bindings.iter().any(|b| b.index.layer(layer).is_none()) {
+            return Err(Reason::Layer);
+        }
+        let selection = snapshot.indexes[number].selection;
+        let call = Call { problem, layer, rows: rows.clone(), bindings: bindings.clone(), selection };
+        let plan = Plan::new(call, self.n_threads).map_err(|_| Reason::Kernel)?;
+        rewrite.push_plan(node.raw(), plan, false);
+        count(|s| {
+            s.nodes_sparse += 1;
+            s.rows_sparse += rows.iter().filter(|r| **r != Row::Dense).count() as u64;
+        });
+        Ok(())
+    }
+
+    /// Which query rows see a whole bound prefix; looks for new bindings where none is seen.
+    fn rows(
+        &mut self,
+        key: (usize, usize, usize),
+        mask: Tensor,
+        problem: &Problem,
+        snapshot: &Snapshot,
+        writes: &Writes,
+        searches: &mut usize,
+    ) -> Result<Rows, Reason> {
+        let array = problem.mask.ok_or(Reason::Mask)?;
+        let (n_kv, n_query, n_stream) = (problem.k.ne[1], problem.q.ne[1], problem.q.ne[3]);
+        // rows are read now, before the graph runs: the mask must be an input, one for all heads
+        if !mask.is_leaf() || array.ne[0] < n_kv || array.ne[1] < n_query || array.ne[2] != 1 || array.nb[0] != 2 {
+            return Err(Reason::Mask);
+        }
+        let shortest = snapshot.indexes.iter().map(|l| l.matcher.index.meta().n_prefix()).min().unwrap_or(usize::MAX);
+        let mut rows = Vec::with_capacity(n_query * n_stream);
+        let mut used: Vec<usize> = Vec::new();
+        for i3 in 0..n_stream {
+            let stream = key.1 + i3;
+            for i1 in 0..n_query {
+                // SAFETY: row i1 of the mask of stream i3, n_kv F16 elements inside its extents (checked above).
+                let seen: &[u16] = unsafe {
+                    let row = array.data.add(i1 * array.nb[1] + (i3 % array.ne[3].max(1)) * array.nb[3]);
+                    std::slice::from_raw_parts(row.cast(), n_kv)
+                };
+                let found = self.row(seen, stream, shortest, snapshot, writes, searches);
+                rows.push(match found {
+                    None => Row::Dense,
+                    Some(b) => Row::Sparse(used.iter().position(|&u| u == b).unwrap_or_else(|| {
+                        used.push(b);
+                        used.len() - 1
+                    }) as u32),
+                });
+            }
+        }
+        // one call has one selection: rows of an index with other thresholds than the first stay dense
+        let selection = |u: usize| snapshot.indexes[self.caches.bound[u].index_number].selection;
+        let differs: Vec<bool> = used.iter().map(|&u| selection(u) != selection(used[0])).collect();
+        for row in &mut rows {
+            if matches!(row, Row::Sparse(n) if differs[*n as usize]) {
+                *row = Row::Dense;
+            }
+        }
+        let bindings: Vec<Binding> = used.iter().map(|&b| self.caches.binding(b, snapshot, n_kv)).collect();
+        let index_numbers = used.iter().map(|&b| self.caches.bound[b].index_number).collect();
+        Ok(Rows { key, rows: rows.into(), bindings: bindings.into(), index_numbers })
+    }
+
+    fn row(
+        &mut self,
+        seen: &[u16],
+        stream: usize,
+        shortest: usize,
+        snapshot: &Snapshot,
+        writes: &Writes,
+        searches: &mut usize,
+    ) -> Option<usize> {
+        let shown = |bits: u16| bits & 0x7fff == 0;
+        let sees_all = |b: &super::cache::Bound| {
+            if b.contiguous {
+                let (from, to) = (b.cells[0] as usize, b.cells[b.cells.len() - 1] as usize);
+                seen.get(from..=to).is_some_and(|cells| cells.iter().all(|&bits| shown(bits)))
+            } else {
+                b.cells.iter().all(|&c| seen.get(c as usize).is_some_and(|&bits| shown(bits)))
+            }
+        };
+        let min_prefix = snapshot.config.min_prefix;
+        let usable = |b: &super::cache::Bound| b.stream == stream && b.cells.len() >= min_prefix && sees_all(b);
+        if let Some(i) = self.caches.bound.iter().position(usable) {
+            return Some(i);
+        }
+        if *searches >= MAX_SEARCHES || writes.opaque {
+            return None;
+        }
+        if seen.iter().filter(|&&bits| shown(bits)).count() < shortest {
+            return None;
+        }
+        let visible: Vec<u32> = (0..seen.len() as u32).filter(|&c| shown(seen[c as usize])).collect();
+        *searches += 1;
+        self.caches.search(snapshot, stream, &visible, writes)
+    }
+}

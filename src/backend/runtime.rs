@@ -1,0 +1,117 @@
+//! What is in force for the whole process: settings and the indexes made ready, swapped as one.
+
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
+
+use super::binding::Matcher;
+use super::stats::{log, Stats};
+use crate::attention::{Mode, Selection};
+use crate::config::{Config, ModeSetting, SPREAD_ALPHA, THRESHOLD_FLOOR};
+use crate::index::{Index, IndexError, IndexMeta};
+
+/// An index that is loaded, and how its clusters are selected under the present settings.
+#[derive(Clone)]
+pub struct Loaded {
+    pub matcher: Arc<Matcher>,
+    pub selection: Selection,
+}
+
+/// A consistent picture of settings and indexes; one graph is computed under one.
+#[derive(Clone, Default)]
+pub struct Snapshot {
+    pub config: Config,
+    pub indexes: Vec<Loaded>,
+    /// Changes whenever the indexes do: bindings made under another number are dropped.
+    pub generation: u64,
+}
+
+struct Runtime {
+    snapshot: RwLock<Arc<Snapshot>>,
+    stats: Mutex<Stats>,
+}
+
+fn runtime() -> &'static Runtime {
+    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+    RUNTIME.get_or_init(|| Runtime { snapshot: RwLock::default(), stats: Mutex::default() })
+}
+
+/// Threshold of a nominal share: the nearest calibrated ones, interpolated in the logarithm.
+fn threshold(meta: &IndexMeta, share: f32) -> f32 {
+    let table = &meta.calibration;
+    let above = table.iter().position(|c| c.budget >= share).unwrap_or(table.len().saturating_sub(1));
+    let Some(hi) = table.get(above) else { return 0.0 };
+    let lo = &table[above.saturating_sub(1)];
+    if hi.budget <= lo.budget || share >= hi.budget || lo.threshold <= 0.0 || hi.threshold <= 0.0 {
+        return hi.threshold;
+    }
+    let t = ((share - lo.budget) / (hi.budget - lo.budget)).max(0.0);
+    (lo.threshold.ln() * (1.0 - t) + hi.threshold.ln() * t).exp()
+}
+
+fn selection(config: &Config, meta: &IndexMeta) -> Selection {
+    let mode = match config.mode {
+        ModeSetting::Budget(b) => Mode::Budget(b),
+        ModeSetting::Mass(m) => Mode::Mass(m),
+        ModeSetting::Threshold(b) => {
+            Mode::Threshold { threshold: threshold(meta, b), floor: THRESHOLD_FLOOR.min(b / 2.0) }
+        }
+    };
+    Selection { mode, spread: config.spread, alpha: SPREAD_ALPHA, estimate: config.estimate }
+}
+
+fn replace(config: Config, matchers: Vec<Arc<Matcher>>, new_indexes: bool) {
+    let mut slot = runtime().snapshot.write().unwrap_or_else(|e| e.into_inner());
+    let indexes = matchers
+        .into_iter()
+        .map(|matcher| Loaded { selection: selection(&config, matcher.index.meta()), matcher })
+        .collect();
+    *slot = Arc::new(Snapshot { config, indexes, generation: slot.generation + u64::from(new_indexes) });
+}
+
+pub fn snapshot() -> Arc<Snapshot> {
+    runtime().snapshot.read().unwrap_or_else(|e| e.into_inner()).clone()
+}
+
+fn matchers(snapshot: &Snapshot) -> Vec<Arc<Matcher>> {
+    snapshot.indexes.iter().map(|l| l.matcher.clone()).collect()
+}
+
+/// Puts settings in force and loads the indexes that they name. An index that cannot be used is named on stderr and
+/// left out: its prompts stay dense.
+pub fn start(config: Config) {
+    let mut found = Vec::new();
+    for path in &config.index_paths {
+        match Index::open(path) {
+            Ok(index) => found.push(Arc::new(Matcher::new(Arc::new(index)))),
+            Err(error @ IndexError::Io { .. }) => log(format_args!("{error}; attention stays dense")),
+            Err(error) => log(format_args!("{}: {error}; attention stays dense", path.display())),
+        }
+    }
+    replace(config, found, true);
+}
+
+/// Changes settings; they hold from the next graph on.
+pub fn configure(change: impl FnOnce(&mut Config)) {
+    let old = snapshot();
+    let mut config = old.config.clone();
+    change(&mut config);
+    replace(config, matchers(&old), false);
+}
+
+/// Replaces the indexes in force.
+pub fn set_indexes(indexes: Vec<Arc<Index>>) {
+    let made = indexes.into_iter().map(|index| Arc::new(Matcher::new(index))).collect();
+    replace(snapshot().config.clone(), made, true);
+}
+
+/// Totals since the start or the last reset.
+pub fn stats() -> Stats {
+    runtime().stats.lock().unwrap_or_else(|e| e.into_inner()).clone()
+}
+
+pub fn reset_stats() {
+    *runtime().stats.lock().unwrap_or_else(|e| e.into_inner()) = Stats::default();
+}
+
+pub fn count(change: impl FnOnce(&mut Stats)) {
+    change(&mut runtime().stats.lock().unwrap_or_else(|e| e.into_inner()));
+}

@@ -1,0 +1,97 @@
+//! Counters of what the plugin did, and its log lines.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// Why an attention node stayed dense.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Reason {
+    /// The op does not read a llama.cpp KV cache.
+    NoCache,
+    /// The layer is not in the index (sliding window, recurrent, MLA).
+    Layer,
+    /// K or V is not F16, or a tensor is not in host memory.
+    Type,
+    /// ALiBi.
+    Alibi,
+    /// Shapes differ from the index's.
+    Shape,
+    /// The mask is computed in the graph or has a form that rows cannot be read from.
+    Mask,
+    /// No row sees the whole prefix of an index.
+    Unbound,
+    /// Head size or strides that our kernels do not take.
+    Kernel,
+}
+
+impl Reason {
+    pub fn name(self) -> &'static str {
+        match self {
+            Reason::NoCache => "no cache",
+            Reason::Layer => "layer not indexed",
+            Reason::Type => "type",
+            Reason::Alibi => "alibi",
+            Reason::Shape => "shape",
+            Reason::Mask => "mask",
+            Reason::Unbound => "unbound",
+            Reason::Kernel => "kernel",
+        }
+    }
+}
+
+/// Totals since the start or the last reset.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Stats {
+    /// Graphs that were looked at (an index or FORCE was in force).
+    pub graphs: u64,
+    /// Attention nodes with at least one sparse row.
+    pub nodes_sparse: u64,
+    /// Attention nodes that ran on our kernels because of FORCE.
+    pub nodes_forced: u64,
+    /// Attention nodes left to the stock kernel, by reason.
+    pub nodes_dense: BTreeMap<&'static str, u64>,
+    /// Query rows (per node) that were sparse.
+    pub rows_sparse: u64,
+    /// Mean over sparse rows and KV heads of the kept share of the prefix keys; 0 before the first.
+    pub kept_share: f64,
+    /// Times an index was bound to cells, and times a binding was dropped.
+    pub bound: u64,
+    pub unbound: u64,
+    pub(crate) kept_sum: f64,
+    pub(crate) kept_count: u64,
+}
+
+impl Stats {
+    pub(crate) fn add_kept(&mut self, share_sum: f64, count: u64) {
+        self.kept_sum += share_sum;
+        self.kept_count += count;
+        if self.kept_count > 0 {
+            self.kept_share = self.kept_sum / self.kept_count as f64;
+        }
+    }
+
+    pub(crate) fn dense(&mut self, reason: Reason) {
+        *self.nodes_dense.entry(reason.name()).or_default() += 1;
+    }
+}
+
+impl fmt::Display for Stats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let dense: u64 = self.nodes_dense.values().sum();
+        write!(f, "forced {} nodes, sparse {} nodes", self.nodes_forced, self.nodes_sparse)?;
+        if self.kept_count > 0 {
+            write!(f, " (kept share {:.3})", self.kept_share)?;
+        }
+        write!(f, ", dense {dense} nodes")?;
+        if dense > 0 {
+            let reasons: Vec<String> = self.nodes_dense.iter().map(|(name, n)| format!("{name}: {n}")).collect();
+            write!(f, " ({})", reasons.join(", "))?;
+        }
+        write!(f, ", {} graphs, bound {} times, dropped {} times", self.graphs, self.bound, self.unbound)
+    }
+}
+
+/// One line for people, on stderr.
+pub(crate) fn log(text: impl fmt::Display) {
+    eprintln!("squeeze: {text}");
+}

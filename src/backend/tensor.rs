@@ -1,0 +1,185 @@
+//! Reading ggml tensors: op kinds, cache roots, arrays for `attention`. The one place that names ggml's numbers.
+
+use std::ffi::CStr;
+
+use ggml_sys as sys;
+
+use super::binding::CacheRows;
+use super::stats::Reason;
+use crate::attention::{Array, Problem};
+
+/// A tensor of the graph being computed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Tensor(*const sys::ggml_tensor);
+
+/// K or V half of a layer's cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Half {
+    K,
+    V,
+}
+
+// SAFETY: an address that ggml shares between its threads too; what is read through it is not changed while a graph is
+// being decided on.
+unsafe impl Send for Tensor {}
+
+impl Tensor {
+    /// # Safety
+    /// `raw` is null or a live tensor, for as long as the value and all it leads to are used.
+    pub unsafe fn new(raw: *const sys::ggml_tensor) -> Option<Tensor> {
+        (!raw.is_null()).then_some(Tensor(raw))
+    }
+
+    pub fn raw(&self) -> &sys::ggml_tensor {
+        // SAFETY: live by the contract of `new`.
+        unsafe { &*self.0 }
+    }
+
+    pub fn address(&self) -> usize {
+        self.0 as usize
+    }
+
+    pub fn src(&self, i: usize) -> Option<Tensor> {
+        // SAFETY: sources of a live node are live while its graph is computed.
+        unsafe { Tensor::new(self.raw().src[i]) }
+    }
+
+    /// The tensor whose memory this one is a view of (itself if none).
+    pub fn root(&self) -> Tensor {
+        let mut t = *self;
+        // SAFETY: view sources of a live tensor are live.
+        while let Some(next) = unsafe { Tensor::new(t.raw().view_src) } {
+            t = next;
+        }
+        t
+    }
+
+    pub fn ne(&self) -> [usize; 4] {
+        self.raw().ne.map(|n| n.max(0) as usize)
+    }
+
+    pub fn is_flash_attention(&self) -> bool {
+        self.raw().op == sys::GGML_OP_FLASH_ATTN_EXT
+    }
+
+    pub fn is_set_rows(&self) -> bool {
+        self.raw().op == sys::GGML_OP_SET_ROWS
+    }
+
+    pub fn is_leaf(&self) -> bool {
+        self.raw().op == sys::GGML_OP_NONE
+    }
+
+    /// Computes nothing: a view of memory in another shape.
+    pub fn is_alias(&self) -> bool {
+        let op = self.raw().op;
+        op == sys::GGML_OP_NONE
+            || op == sys::GGML_OP_VIEW
+            || op == sys::GGML_OP_PERMUTE
+            || op == sys::GGML_OP_RESHAPE
+            || op == sys::GGML_OP_TRANSPOSE
+    }
+
+    pub fn is_f16(&self) -> bool {
+        self.raw().type_ == sys::GGML_TYPE_F16
+    }
+
+    pub fn is_f32(&self) -> bool {
+        self.raw().type_ == sys::GGML_TYPE_F32
+    }
+
+    pub fn is_i64(&self) -> bool {
+        self.raw().type_ == sys::GGML_TYPE_I64
+    }
+
+    pub fn is_i32(&self) -> bool {
+        self.raw().type_ == sys::GGML_TYPE_I32
+    }
+
+    pub fn has_data(&self) -> bool {
+        !self.raw().data.is_null()
+    }
+
+    /// Layer and half if this is a llama.cpp cache tensor (`cache_k_l7`).
+    pub fn cache_layer(&self) -> Option<(u32, Half)> {
+        // SAFETY: ggml keeps names terminated inside their 64 bytes.
+        let name = unsafe { CStr::from_ptr(self.raw().name.as_ptr()) }.to_str().ok()?;
+        let (half, layer) = match name.strip_prefix("cache_k_l") {
+            Some(layer) => (Half::K, layer),
+            None => (Half::V, name.strip_prefix("cache_v_l")?),
+        };
+        Some((layer.parse().ok()?, half))
+    }
+
+    pub fn array(&self) -> Array {
+        Array { data: self.raw().data.cast(), ne: self.ne(), nb: self.raw().nb }
+    }
+
+    /// Bytes from the start of `root` to the start of this view.
+    pub fn offset_in(&self, root: Tensor) -> usize {
+        (self.raw().data as usize).wrapping_sub(root.raw().data as usize)
+    }
+
+    /// Numbers of an I64 or I32 vector in host memory.
+    pub fn indices(&self) -> Option<Vec<i64>> {
+        let n = self.ne();
+        if !self.has_data() || n[1] * n[2] * n[3] != 1 {
+            return None;
+        }
+        // SAFETY: a contiguous host vector of n[0] numbers of this type (checked), filled before the graph is computed.
+        unsafe {
+            if self.is_i64() {
+                Some(std::slice::from_raw_parts(self.raw().data.cast::<i64>(), n[0]).to_vec())
+            } else if self.is_i32() {
+                let numbers = std::slice::from_raw_parts(self.raw().data.cast::<i32>(), n[0]);
+                Some(numbers.iter().map(|&x| x as i64).collect())
+            } else {
+                None
+            }
+        }
+    }
+}
+
+/// Rows of one stream of a layer's cache; `None` where it is not F16 rows in memory.
+pub fn cache_rows(k_root: Tensor, v_root: Tensor, stream: usize) -> Option<CacheRows> {
+    let (k, v) = (k_root.raw(), v_root.raw());
+    let plain = |t: Tensor| t.is_f16() && t.has_data() && t.raw().nb[0] == 2 && t.ne()[3] == 1 && stream < t.ne()[2];
+    if !plain(k_root) || !plain(v_root) || k_root.ne()[1] != v_root.ne()[1] {
+        return None;
+    }
+    Some(CacheRows {
+        k: k.data.cast::<u8>().wrapping_add(stream * k.nb[2]),
+        v: v.data.cast::<u8>().wrapping_add(stream * v.nb[2]),
+        k_stride: k.nb[1],
+        v_stride: v.nb[1],
+        k_len: k_root.ne()[0],
+        v_len: v_root.ne()[0],
+        n_cell: k_root.ne()[1],
+    })
+}
+
+/// The call that a FLASH_ATTN_EXT node describes.
+pub fn problem(node: Tensor) -> Result<Problem, Reason> {
+    let (Some(q), Some(k), Some(v)) = (node.src(0), node.src(1), node.src(2)) else { return Err(Reason::Shape) };
+    let (mask, sinks) = (node.src(3), node.src(4));
+    let typed = q.is_f32() && k.is_f16() && v.is_f16() && node.is_f32() && mask.is_none_or(|m| m.is_f16());
+    let plain_sinks = sinks.is_none_or(|s| s.is_f32() && s.raw().nb[0] == 4);
+    let present = [Some(q), Some(k), Some(v), Some(node), mask, sinks].iter().flatten().all(Tensor::has_data);
+    if !(typed && plain_sinks && present) {
+        return Err(Reason::Type);
+    }
+    // op_params of the op: scale, max_bias, logit_softcap as f32
+    let parameter = |i: usize| f32::from_bits(node.raw().op_params[i] as u32);
+    let (scale, max_bias, softcap) = (parameter(0), parameter(1), parameter(2));
+    Ok(Problem {
+        q: q.array(),
+        k: k.array(),
+        v: v.array(),
+        mask: mask.map(|m| m.array()),
+        sinks: sinks.map(|s| s.raw().data.cast::<f32>() as *const f32),
+        dst: node.array(),
+        scale: if softcap == 0.0 { scale } else { scale / softcap },
+        max_bias,
+        softcap,
+    })
+}

@@ -1,0 +1,157 @@
+//! A layer 0 with rotary positions: the sketch must part tokens, neighbours, and positions that one frequency confuses.
+
+use super::super::tests::{capture, gaussian, settings};
+use super::*;
+
+const HEADS: usize = 2;
+const DIM: usize = 64;
+
+/// A cache whose V depends on the token and whose K is the token's, rotated by its position (pairs i, i + 32).
+fn rotary(tokens: &[i32]) -> LayerCapture {
+    let row = HEADS * DIM;
+    let (mut k, mut v) = (Vec::new(), Vec::new());
+    for (p, &t) in tokens.iter().enumerate() {
+        let key = gaussian(row, t as u64);
+        v.extend(gaussian(row, t as u64 ^ (1 << 40)));
+        let mut turned = vec![0.0; row];
+        for h in 0..HEADS {
+            for i in 0..DIM / 2 {
+                let angle = p as f64 * 10000f64.powf(-2.0 * i as f64 / DIM as f64);
+                let (sin, cos) = (angle.sin() as f32, angle.cos() as f32);
+                let (a, b) = (h * DIM + i, h * DIM + i + DIM / 2);
+                turned[a] = key[a] * cos - key[b] * sin;
+                turned[b] = key[a] * sin + key[b] * cos;
+            }
+        }
+        k.extend(turned);
+    }
+    let half = |x: Vec<f32>| x.into_iter().map(f16::from_f32).collect();
+    LayerCapture {
+        layer: 0,
+        n_head_kv: HEADS as u32,
+        n_group: 1,
+        head_dim_k: DIM as u32,
+        head_dim_v: DIM as u32,
+        scale: 0.125,
+        k: half(k),
+        v: half(v),
+        q: Vec::new(),
+    }
+}
+
+/// 3000 tokens of 300 kinds, frequent ones and rare ones.
+fn text() -> Vec<i32> {
+    let mut state = 5;
+    let mut draw = || (split_mix(&mut state) % 300) as i32;
+    (0..3000).map(|_| draw().min(draw())).collect()
+}
+
+#[test]
+fn tokens_and_positions_are_told_apart() {
+    let tokens = text();
+    let sketch = sketch(&rotary(&tokens)).unwrap();
+    assert_eq!((sketch.k_dims.len(), sketch.v_dims.len()), (8, 8));
+    assert!(sketch.k_dims.windows(2).chain(sketch.v_dims.windows(2)).all(|w| w[0] < w[1]));
+    let margin = sketch_margin(&sketch, &tokens);
+    assert!(margin.nearest_token > 0.15, "{margin:?}");
+    assert!(margin.nearest_position > 0.08, "{margin:?}");
+}
+
+#[test]
+fn a_neighbour_and_an_alias_are_other_positions() {
+    // 44 and 710 are nearly whole turns of the fastest frequency. The elements are chosen on ordinary text, and then
+    // have to part copies of one token at just these distances.
+    let tokens = text();
+    let dims = sketch(&rotary(&tokens)).unwrap().k_dims;
+    for lag in [1, 2, 44, 710] {
+        let same = rotary(&vec![7; lag + 1]);
+        let k = take(&same.k, HEADS * DIM, &dims);
+        let table = Table::new(&k, dims.len());
+        let distance = table.distance(0, lag as u32);
+        assert!(distance > 0.2, "lag {lag}: {distance}");
+    }
+}
+
+#[test]
+fn stored_elements_are_the_raw_ones() {
+    let c = rotary(&text()[..50]);
+    let sketch = sketch(&c).unwrap();
+    for p in 0..50 {
+        for j in 0..8 {
+            assert_eq!(sketch.k[p * 8 + j], c.k[p * 128 + sketch.k_dims[j] as usize]);
+            assert_eq!(sketch.v[p * 8 + j], c.v[p * 128 + sketch.v_dims[j] as usize]);
+        }
+    }
+}
+
+#[test]
+fn elements_that_never_change_are_not_chosen() {
+    let mut c = capture(200, 1, 1, 1, 3);
+    for p in 0..200 {
+        c.k[p * 24..p * 24 + 10].fill(f16::from_f32(30.0));
+        c.v[p * 20..p * 20 + 10].fill(f16::from_f32(30.0));
+    }
+    let sketch = sketch(&c).unwrap();
+    assert!(sketch.k_dims.iter().chain(&sketch.v_dims).all(|&d| d >= 10), "{sketch:?}");
+}
+
+#[test]
+fn narrow_rows_and_single_tokens_work() {
+    let mut c = rotary(&[1]);
+    assert_eq!(sketch(&c).unwrap().k.len(), 8);
+    (c.n_head_kv, c.head_dim_k, c.head_dim_v) = (1, 3, 2);
+    c.k.truncate(3);
+    c.v.truncate(2);
+    let s = sketch(&c).unwrap();
+    assert_eq!((&s.k_dims[..], &s.v_dims[..]), (&[0, 1, 2][..], &[0, 1][..]));
+    let margin = sketch_margin(&s, &[1]);
+    assert_eq!(margin, SketchMargin { nearest_token: f32::INFINITY, nearest_position: f32::INFINITY });
+    c.k.clear();
+    c.v.clear();
+    assert_eq!(sketch(&c).unwrap_err(), BuildError::TooShort { n_prefix: 0, needed: 1 });
+}
+
+#[test]
+fn margins_are_the_smallest_distances() {
+    let tokens: Vec<i32> = text()[..400].to_vec();
+    let sketch = sketch(&rotary(&tokens)).unwrap();
+    let margin = sketch_margin(&sketch, &tokens);
+    let (k, v) = (Table::new(&sketch.k, 8), Table::new(&sketch.v, 8));
+    let (mut token, mut position) = (f32::INFINITY, f32::INFINITY);
+    for a in 0..400u32 {
+        for b in 0..a {
+            if tokens[a as usize] == tokens[b as usize] {
+                position = position.min(k.distance(a, b));
+            } else {
+                token = token.min(v.distance(a, b));
+            }
+        }
+    }
+    assert_eq!((margin.nearest_token, margin.nearest_position), (token, position));
+}
+
+#[test]
+fn a_distance_is_relative_to_the_row_but_never_to_a_tiny_one() {
+    let half = |x: [f32; 6]| x.map(f16::from_f32);
+    // Rows (3, 4), (3, 3) and (0, 0): norms 5, 4.24 and 0.
+    let table = Table::new(&half([3.0, 4.0, 3.0, 3.0, 0.0, 0.0]), 2);
+    assert!((table.distance(0, 1) - 0.2).abs() < 1e-6);
+    assert!((table.distance(2, 0) - 1.0).abs() < 1e-6);
+    let far = Table::new(&half([100.0, 0.0, 0.01, 0.0, 0.0, 0.0]), 2);
+    assert!(far.distance(1, 2) < 1e-3);
+    // A sketch without any signal tells nothing apart.
+    assert_eq!(Table::new(&half([0.0; 6]), 2).distance(0, 1), 0.0);
+}
+
+#[test]
+fn probes_are_rows_of_spread_tokens() {
+    let tokens = probe_tokens(1000, &settings(16, 100));
+    assert_eq!(tokens, [16 + 221 - 1, 16 + 442 - 1, 16 + 663 - 1, 899]);
+    assert_eq!(probe_tokens(19, &settings(10, 6)), [10, 11, 12]);
+    assert_eq!(probe_tokens(10, &settings(10, 6)), []);
+    let c = capture(30, 1, 2, 1, 1);
+    let p = probe(&c, &[3, 29]);
+    assert_eq!((p.layer, &p.tokens[..]), (5, &[3, 29][..]));
+    assert_eq!(p.k[..48], c.k[3 * 48..4 * 48]);
+    assert_eq!(p.k[48..], c.k[29 * 48..]);
+}

@@ -1,0 +1,152 @@
+//! Whole layers: determinism, invariants of `LayerParts`, and every error.
+
+use proptest::prelude::*;
+
+use super::*;
+
+pub(super) fn gaussian(n: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed;
+    let mut uniform = || (kmeans::split_mix(&mut state) >> 40) as f32 / (1u64 << 24) as f32;
+    (0..n).map(|_| (0..12).map(|_| uniform()).sum::<f32>() - 6.0).collect()
+}
+
+pub(super) fn capture(n_prefix: usize, n_window: usize, n_head_kv: u32, n_group: u32, seed: u64) -> LayerCapture {
+    let (head_dim_k, head_dim_v) = (24, 20);
+    let row = |dim: u32| (n_head_kv * dim) as usize;
+    let half = |x: Vec<f32>| x.into_iter().map(f16::from_f32).collect();
+    LayerCapture {
+        layer: 5,
+        n_head_kv,
+        n_group,
+        head_dim_k,
+        head_dim_v,
+        scale: 0.2,
+        k: half(gaussian(n_prefix * row(head_dim_k), seed)),
+        v: half(gaussian(n_prefix * row(head_dim_v), seed ^ 7)),
+        q: gaussian(n_window * row(head_dim_k) * n_group as usize, seed ^ 9),
+    }
+}
+
+pub(super) fn settings(n_sink: u32, n_window: u32) -> Settings {
+    Settings { n_sink, n_window, n_threads: 2, ..Settings::default() }
+}
+
+#[test]
+fn the_same_bytes_with_any_number_of_threads() {
+    let capture = capture(900, 10, 3, 2, 1);
+    let build = |n_threads, seed| {
+        let settings = Settings { n_threads, seed, ..settings(16, 10) };
+        index_layer(&capture, &settings, &|_| ()).unwrap()
+    };
+    let one = build(1, 0);
+    for n_threads in [0, 2, 3, 8] {
+        assert!(build(n_threads, 0) == one, "{n_threads} threads");
+    }
+    assert!(build(2, 1).0.members != one.0.members, "the seed counts");
+}
+
+#[test]
+fn heads_and_layers_start_from_different_keys() {
+    // Two heads with equal keys are clustered differently, because each has its own start.
+    let mut c = capture(400, 5, 2, 1, 3);
+    for token in c.k.chunks_exact_mut(48) {
+        let (first, second) = token.split_at_mut(24);
+        second.copy_from_slice(first);
+    }
+    let (parts, _) = index_layer(&c, &settings(4, 5), &|_| ()).unwrap();
+    let n = parts.members.len() / 2;
+    assert_ne!(parts.members[..n], parts.members[n..]);
+}
+
+#[test]
+fn progress_rises_to_one() {
+    let seen = Mutex::new(vec![0.0]);
+    index_layer(&capture(300, 5, 2, 2, 1), &settings(4, 5), &|x| seen.lock().unwrap().push(x)).unwrap();
+    let seen = seen.into_inner().unwrap();
+    assert!(seen.windows(2).all(|w| w[0] < w[1]), "{seen:?}");
+    assert_eq!(seen.last(), Some(&1.0));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn layers_keep_every_invariant(
+        n in 1usize..300, n_sink in 0u32..20, n_window in 1u32..8, share in 0.01f32..1.0, n_head_kv in 1u32..4, seed: u64,
+    ) {
+        let n_prefix = n + (n_sink + n_window) as usize;
+        let capture = capture(n_prefix, n_window as usize, n_head_kv, 2, seed);
+        let settings = Settings { cluster_share: share, iterations: 3, seed, ..settings(n_sink, n_window) };
+        let (parts, scores) = index_layer(&capture, &settings, &|_| ()).unwrap();
+        let (shape, heads) = (parts.shape, n_head_kv as usize);
+        let c = shape.n_cluster as usize;
+        prop_assert_eq!(c, ((share as f64 * n as f64).round() as usize).clamp(1, n));
+        prop_assert_eq!((shape.layer, shape.n_head_kv, shape.n_group, shape.n_coarse), (5, n_head_kv, 2, 0));
+        prop_assert_eq!((shape.head_dim_k, shape.head_dim_v, shape.scale), (24, 20, 0.2));
+        prop_assert_eq!((parts.centroids.len(), parts.variances.len()), (heads * c * 24, heads * c * 24));
+        prop_assert_eq!(parts.mean_values.len(), heads * c * 20);
+        prop_assert_eq!((parts.variance_scales.len(), parts.radii.len()), (heads * c, heads * c));
+        prop_assert!(parts.centroids.iter().chain(&parts.mean_values).all(|x| x.is_finite()));
+        prop_assert!(parts.variance_scales.iter().chain(&parts.radii).all(|x| x.is_finite() && *x >= 0.0));
+        let view = parts.view();
+        for h in 0..heads {
+            let offsets = view.head_offsets(h);
+            prop_assert!(offsets.windows(2).all(|w| w[0] < w[1]));
+            prop_assert_eq!((offsets[0], offsets[c] as usize), (0, n));
+            let mut members = parts.members[h * n..(h + 1) * n].to_vec();
+            for w in offsets.windows(2) {
+                let run = &members[w[0] as usize..w[1] as usize];
+                prop_assert!(run.windows(2).all(|m| m[0] < m[1]));
+            }
+            members.sort_unstable();
+            prop_assert!(members.iter().enumerate().all(|(i, &m)| m == n_sink + i as u32));
+        }
+        prop_assert_eq!(scores.sizes.iter().sum::<u32>() as usize, heads * n);
+        prop_assert_eq!(scores.scores.len(), heads * n_window as usize * c);
+    }
+}
+
+#[test]
+fn a_text_that_is_too_short_has_its_own_message() {
+    let error = index_layer(&capture(25, 10, 1, 1, 1), &settings(16, 10), &|_| ()).unwrap_err();
+    assert_eq!(error, BuildError::TooShort { n_prefix: 25, needed: 27 });
+    assert!(error.to_string().contains("longer text"), "{error}");
+    index_layer(&capture(27, 10, 1, 1, 1), &settings(16, 10), &|_| ()).unwrap();
+}
+
+#[test]
+fn broken_captures_are_refused() {
+    let good = capture(60, 10, 2, 2, 1);
+    let refuse = |change: &dyn Fn(&mut LayerCapture)| {
+        let mut bad = good.clone();
+        change(&mut bad);
+        index_layer(&bad, &settings(16, 10), &|_| ()).unwrap_err()
+    };
+    let e = refuse(&|c| c.k[17 * 48 + 3] = f16::INFINITY);
+    assert_eq!(e, BuildError::NonFinite { layer: 5, what: "key", token: 17 });
+    let e = refuse(&|c| c.v[59 * 40] = f16::NAN);
+    assert_eq!(e, BuildError::NonFinite { layer: 5, what: "value", token: 59 });
+    let e = refuse(&|c| c.q[96 * 3] = f32::NAN);
+    assert_eq!(e, BuildError::NonFinite { layer: 5, what: "window query", token: 3 });
+    assert!(matches!(refuse(&|c| c.k.truncate(100)), BuildError::Shape { what: "K", .. }));
+    assert!(matches!(refuse(&|c| c.v.truncate(800)), BuildError::Shape { what: "V", .. }));
+    assert!(matches!(refuse(&|c| c.q.truncate(96)), BuildError::Shape { what: "the window's queries", .. }));
+    assert!(matches!(refuse(&|c| c.head_dim_v = 0), BuildError::Shape { what: "a K or V row", .. }));
+    assert!(matches!(refuse(&|c| c.scale = f32::NAN), BuildError::Setting { name: "scale", .. }));
+}
+
+#[test]
+fn unusable_settings_are_refused() {
+    let capture = capture(60, 10, 1, 1, 1);
+    for share in [0.0, -1.0, 1.5, f32::NAN] {
+        let settings = Settings { cluster_share: share, ..settings(16, 10) };
+        let error = index_layer(&capture, &settings, &|_| ()).unwrap_err();
+        assert!(matches!(error, BuildError::Setting { name: "cluster_share", .. }), "{error}");
+    }
+    for (name, settings) in
+        [("iterations", Settings { iterations: 0, ..settings(16, 10) }), ("n_window", settings(16, 0))]
+    {
+        let error = index_layer(&capture, &settings, &|_| ()).unwrap_err();
+        assert!(error.to_string().contains(name), "{error}");
+    }
+}

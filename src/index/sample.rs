@@ -1,0 +1,195 @@
+//! Valid random indexes for tests, benches and the fuzzer. Not part of the public interface.
+
+use half::f16;
+
+use super::types::*;
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    /// In -1..1.
+    fn unit(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    }
+
+    fn halves(&mut self, n: usize) -> Vec<f16> {
+        (0..n).map(|_| f16::from_f32(self.unit())).collect()
+    }
+
+    fn shuffle<T>(&mut self, items: &mut [T]) {
+        for i in (1..items.len()).rev() {
+            items.swap(i, self.below(i + 1));
+        }
+    }
+
+    /// `k` of `0..n`, ascending.
+    fn choose(&mut self, n: usize, k: usize) -> Vec<u32> {
+        let mut all: Vec<u32> = (0..n as u32).collect();
+        self.shuffle(&mut all);
+        all.truncate(k);
+        all.sort_unstable();
+        all
+    }
+
+    /// Offsets of `k` non-empty runs that fill `0..n`.
+    fn offsets(&mut self, n: usize, k: usize) -> Vec<u32> {
+        let cuts = self.choose(n - 1, k - 1);
+        std::iter::once(0).chain(cuts.into_iter().map(|cut| cut + 1)).chain([n as u32]).collect()
+    }
+}
+
+/// Random but valid parts: layers `0..layers` indexed, layer `layers` dense, probes on every indexed layer but the first, no
+/// hierarchy (see [`add_coarse`]). S is an eighth of the prefix, at most 16; W an eighth, at most 100. Two query heads per KV
+/// head.
+///
+/// # Panics
+/// Where the sizes admit no index: a zero, or more clusters than clustered keys.
+pub fn sample_parts(
+    seed: u64,
+    n_prefix: usize,
+    layers: usize,
+    n_head_kv: usize,
+    dk: usize,
+    dv: usize,
+    n_cluster: usize,
+) -> IndexParts {
+    let random = &mut Random(seed);
+    let (n_sink, n_window) = ((n_prefix / 8).min(16), (n_prefix / 8).min(100));
+    let n = n_prefix - n_sink - n_window;
+    assert!(layers > 0 && n_head_kv > 0 && dk > 0 && dv > 0 && (1..=n).contains(&n_cluster), "no such index");
+
+    let mut fingerprint = [0; 32];
+    fingerprint.fill_with(|| random.next() as u8);
+    let calibration = [0.05f32, 0.1, 0.2, 0.5].map(|budget| Calibration {
+        budget,
+        threshold: 1e-4 / budget,
+        kept: budget,
+        mass: budget.sqrt(),
+        layer_kept: (0..layers).map(|_| budget * (1.0 + 0.5 * random.unit())).collect(),
+    });
+    let meta = IndexMeta {
+        model: ModelId { architecture: "llama".into(), name: "Sample".into(), fingerprint },
+        rope: Rope { kind: 2, freq_base: 10000.0, freq_scale: 1.0 },
+        n_layer: layers as u32 + 1,
+        tokens: (0..n_prefix).map(|_| random.below(32000) as i32).collect(),
+        n_sink: n_sink as u32,
+        n_window: n_window as u32,
+        build: BuildSettings {
+            seed,
+            iterations: 10,
+            cluster_share: n_cluster as f32 / n as f32,
+            chat: "raw".into(),
+            builder: "sample".into(),
+        },
+        calibration: calibration.to_vec(),
+        dense_layers: vec![(layers as u32, "sliding window of 512".into())],
+    };
+
+    let layer = |number: usize, random: &mut Random| {
+        let rows = n_head_kv * n_cluster;
+        let mut offsets = Vec::new();
+        let mut members = Vec::new();
+        for _ in 0..n_head_kv {
+            let runs = random.offsets(n, n_cluster);
+            let mut tokens: Vec<u32> = (n_sink as u32..(n_sink + n) as u32).collect();
+            random.shuffle(&mut tokens);
+            runs.windows(2).for_each(|run| tokens[run[0] as usize..run[1] as usize].sort_unstable());
+            offsets.extend(runs);
+            members.extend(tokens);
+        }
+        LayerParts {
+            shape: LayerShape {
+                layer: number as u32,
+                n_head_kv: n_head_kv as u32,
+                n_group: 2,
+                head_dim_k: dk as u32,
+                head_dim_v: dv as u32,
+                n_cluster: n_cluster as u32,
+                n_coarse: 0,
+                scale: 1.0 / (dk as f32).sqrt(),
+            },
+            centroids: random.halves(rows * dk),
+            mean_values: random.halves(rows * dv),
+            variances: (0..rows * dk).map(|_| random.next() as u8).collect(),
+            variance_scales: (0..rows).map(|_| random.unit().abs()).collect(),
+            radii: (0..rows).map(|_| random.unit().abs()).collect(),
+            offsets,
+            members,
+            coarse_centroids: Vec::new(),
+            coarse_offsets: Vec::new(),
+        }
+    };
+    let layers: Vec<LayerParts> = (0..layers).map(|number| layer(number, random)).collect();
+
+    let (row_k, row_v) = (n_head_kv * dk, n_head_kv * dv);
+    let (k_dims, v_dims) = (random.choose(row_k, row_k.min(8)), random.choose(row_v, row_v.min(8)));
+    let sketch = SketchParts {
+        layer: 0,
+        k: random.halves(n_prefix * k_dims.len()),
+        v: random.halves(n_prefix * v_dims.len()),
+        k_dims,
+        v_dims,
+    };
+    let probe = |layer: &LayerParts| {
+        let tokens = random.choose(n_prefix, n_prefix.min(4));
+        ProbeParts { layer: layer.shape.layer, k: random.halves(tokens.len() * row_k), tokens }
+    };
+    let probes = layers.iter().skip(1).map(probe).collect();
+    IndexParts { meta, layers, sketch, probes }
+}
+
+/// Gives every layer a random coarse level of `n_coarse` clusters.
+///
+/// # Panics
+/// Where `n_coarse` is 0 or more than the fine clusters.
+pub fn add_coarse(parts: &mut IndexParts, seed: u64, n_coarse: usize) {
+    let random = &mut Random(seed);
+    for layer in &mut parts.layers {
+        let heads = layer.shape.n_head_kv as usize;
+        layer.shape.n_coarse = n_coarse as u32;
+        layer.coarse_centroids = random.halves(heads * n_coarse * layer.shape.head_dim_k as usize);
+        let runs = |_| random.offsets(layer.shape.n_cluster as usize, n_coarse);
+        layer.coarse_offsets = (0..heads).flat_map(runs).collect();
+    }
+}
+
+/// Sets the checksums of a (perhaps hostile) file to what its bytes ask for, so that what lies behind the checksums is
+/// reached. False: its header cannot be walked.
+pub fn reseal(bytes: &mut [u8]) -> bool {
+    super::seal::seal(bytes).is_ok()
+}
+
+/// Reads every view of an index to the last element; gives a sum, so that nothing is left out by the compiler.
+pub fn touch(index: &super::Index) -> u64 {
+    let halves = |x: &[f16]| x.iter().map(|h| u64::from(h.to_bits())).sum::<u64>();
+    let words = |x: &[u32]| x.iter().copied().map(u64::from).sum::<u64>();
+    let mut sum = index.file_bytes();
+    for shape in index.shapes() {
+        let Some(layer) = index.layer(shape.layer) else { continue };
+        sum += index.layer_bytes(shape.layer);
+        sum += halves(layer.centroids) + halves(layer.mean_values) + halves(layer.coarse_centroids);
+        sum += words(layer.offsets) + words(layer.coarse_offsets);
+        sum += layer.variances.iter().copied().map(u64::from).sum::<u64>();
+        sum += layer.radii.iter().chain(layer.variance_scales).map(|x| u64::from(x.to_bits())).sum::<u64>();
+        for head in 0..shape.n_head_kv as usize {
+            sum += words(layer.head_offsets(head));
+            sum += (0..layer.n_clustered()).map(|j| u64::from(layer.member(head, j))).sum::<u64>();
+        }
+    }
+    let sketch = index.sketch();
+    sum += words(sketch.k_dims) + words(sketch.v_dims) + halves(sketch.k) + halves(sketch.v);
+    sum + index.probes().iter().map(|p| words(p.tokens) + halves(p.k)).sum::<u64>()
+}

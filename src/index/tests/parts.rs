@@ -1,0 +1,103 @@
+//! Parts that break a rule are refused by the writer, by name.
+
+use half::f16;
+
+use super::*;
+
+/// The parts that an index would be written from.
+pub fn owned(index: &Index) -> IndexParts {
+    let layer = |shape: &LayerShape| {
+        let view = index.layer(shape.layer).unwrap();
+        LayerParts {
+            shape: *shape,
+            centroids: view.centroids.to_vec(),
+            mean_values: view.mean_values.to_vec(),
+            variances: view.variances.to_vec(),
+            variance_scales: view.variance_scales.to_vec(),
+            radii: view.radii.to_vec(),
+            offsets: view.offsets.to_vec(),
+            members: (0..view.members.len()).map(|i| view.members.get(i)).collect(),
+            coarse_centroids: view.coarse_centroids.to_vec(),
+            coarse_offsets: view.coarse_offsets.to_vec(),
+        }
+    };
+    let sketch = index.sketch();
+    let probe = |p: &ProbeView| ProbeParts { layer: p.layer, tokens: p.tokens.to_vec(), k: p.k.to_vec() };
+    IndexParts {
+        meta: index.meta().clone(),
+        layers: index.shapes().iter().map(layer).collect(),
+        sketch: SketchParts {
+            layer: sketch.layer,
+            k_dims: sketch.k_dims.to_vec(),
+            v_dims: sketch.v_dims.to_vec(),
+            k: sketch.k.to_vec(),
+            v: sketch.v.to_vec(),
+        },
+        probes: index.probes().iter().map(probe).collect(),
+    }
+}
+
+/// A change that breaks a rule, and a word of the message it must give.
+type Case = (&'static str, fn(&mut IndexParts));
+
+#[test]
+fn each_broken_rule_is_named() {
+    let cases: [Case; 34] = [
+        ("leave none to cluster", |p| p.meta.n_window = 21),
+        ("leave none to cluster", |p| (p.meta.n_sink, p.meta.n_window) = (u32::MAX, u32::MAX)),
+        ("token id -1", |p| p.meta.tokens[5] = -1),
+        ("no layer", |p| p.layers.clear()),
+        ("ascending", |p| p.layers[1].shape.layer = 0),
+        ("the model has 1 layers", |p| p.meta.n_layer = 1),
+        ("the model has 0 layers", |p| p.meta.n_layer = 0),
+        ("both indexed and dense", |p| p.meta.dense_layers[0].0 = 1),
+        ("dense layers are not ascending", |p| p.meta.dense_layers.push((2, String::new()))),
+        ("cluster share", |p| p.meta.build.cluster_share = 0.0),
+        ("RoPE", |p| p.meta.rope.freq_base = f32::INFINITY),
+        ("scale NaN", |p| p.layers[0].shape.scale = f32::NAN),
+        ("19 clusters for 18 keys", |p| p.layers[0].shape.n_cluster = 19),
+        ("6 coarse clusters over 5", |p| p.layers[0].shape.n_coarse = 6),
+        ("coarse data without", |p| p.layers[0].shape.n_coarse = 0),
+        ("budgets", |p| p.meta.calibration[1].budget = 0.01),
+        ("budget 1.5", |p| p.meta.calibration[3].budget = 1.5),
+        ("threshold NaN", |p| p.meta.calibration[0].threshold = f32::NAN),
+        ("share outside", |p| p.meta.calibration[0].kept = 1.1),
+        ("share outside", |p| p.meta.calibration[2].mass = f32::NAN),
+        ("3 layers", |p| p.meta.calibration[2].layer_kept.push(0.5)),
+        ("blk.1.centroids has 39", |p| p.layers[1].centroids.truncate(39)),
+        ("blk.0.members", |p| p.layers[0].members.push(3)),
+        ("blk.0.variances", |p| p.layers[0].variances.clear()),
+        ("mean value", |p| p.layers[0].mean_values[1] = f16::INFINITY),
+        ("radius -1", |p| p.layers[1].radii[3] = -1.0),
+        ("variance scale", |p| p.layers[1].variance_scales[3] = f32::NAN),
+        ("cluster offsets", |p| p.layers[0].offsets[1] = 0),
+        ("coarse offsets", |p| p.layers[0].coarse_offsets[1] = 5),
+        ("members", |p| p.layers[1].members[20] = 2),
+        ("elements of K", |p| p.sketch.k_dims[0] = 8),
+        ("at least 1 of each", |p| p.sketch.v_dims.clear()),
+        ("rows of 7 elements", |p| p.probes[0].k.truncate(28)),
+        ("probe's tokens", |p| p.probes[0].tokens[3] = 24),
+    ];
+    to_bytes(&small()).unwrap();
+    for (expected, change) in cases {
+        let mut parts = small();
+        change(&mut parts);
+        let what = invalid(to_bytes(&parts));
+        assert!(what.contains(expected), "{expected:?} is not in {what:?}");
+    }
+}
+
+#[test]
+fn a_cluster_with_unsorted_members_is_refused() {
+    let mut parts = sample_parts(1, 8, 1, 1, 1, 1, 1);
+    parts.layers[0].members.swap(2, 3);
+    assert!(invalid(to_bytes(&parts)).contains("ascending inside a cluster"));
+}
+
+#[test]
+fn a_probe_may_be_of_a_layer_that_is_not_indexed() {
+    let mut parts = small();
+    parts.probes.push(ProbeParts { layer: 2, tokens: vec![1], k: vec![f16::ONE; 6] });
+    let index = open(&to_bytes(&parts).unwrap()).unwrap();
+    assert_eq!(owned(&index), parts);
+}

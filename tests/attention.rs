@@ -1,0 +1,253 @@
+//! The CPU path against the oracle on random calls.
+
+mod attend_case;
+
+use attend_case::{Case, Spec, LAYER};
+use ggml_squeeze::attention::cpu::{self, Options, Path, Plan, Schedule, Unsupported};
+use ggml_squeeze::attention::{oracle, Call, Mode, Row, Selection, Spread};
+use proptest::prelude::*;
+
+fn close(got: &[f32], want: &[f64], what: &str) {
+    assert_eq!(got.len(), want.len());
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        let error = (*g as f64 - w).abs();
+        assert!(error <= 1e-5 * (1.0 + w.abs()), "{what}: element {i} is {g}, the oracle has {w}");
+    }
+}
+
+/// The selection equals the oracle's, but for ties that f32 cannot tell apart.
+fn same_selection(call: &Call, row: usize, head_kv: usize, got: &[u32]) {
+    let want = oracle::selection(call, row, head_kv);
+    if got == want {
+        return;
+    }
+    let Row::Sparse(n) = call.rows[row] else { panic!("row {row} is dense") };
+    let view = call.bindings[n as usize].index.layer(LAYER).unwrap();
+    let offsets = view.head_offsets(head_kv);
+    let scores = oracle::scores(call, row, head_kv);
+    let p = |i: &u32| scores.p[*i as usize];
+    let near = |a: f64, b: f64| (a - b).abs() <= 1e-4 * a.abs().max(b.abs());
+    let last = want.iter().map(p).fold(f64::INFINITY, f64::min);
+    let first = (0..scores.p.len() as u32).filter(|i| !want.contains(i)).map(|i| p(&i)).fold(0.0, f64::max);
+    let size = |i: &u32| (offsets[*i as usize + 1] - offsets[*i as usize]) as f64;
+    let mass: f64 = scores.sink_share + want.iter().map(|i| size(i) * p(i)).sum::<f64>();
+    let at_a_step = match call.selection.mode {
+        Mode::Budget(_) => false,
+        Mode::Threshold { threshold, .. } => near(last, threshold as f64) || near(first, threshold as f64),
+        Mode::Mass(m) => {
+            let worst = want.iter().min_by(|a, b| p(a).total_cmp(&p(b))).map_or(0.0, |i| size(i) * p(i));
+            (mass - m as f64).abs() < 1e-5 || (mass - worst - m as f64).abs() < 1e-5
+        }
+    };
+    for i in 0..scores.p.len() as u32 {
+        if got.contains(&i) != want.contains(&i) {
+            let tie = near(p(&i), last) && near(p(&i), first);
+            let step = at_a_step && (near(p(&i), last) || near(p(&i), first));
+            assert!(tie || step, "cluster {i} (p {}) of row {row}, cut between {last} and {first}", p(&i));
+        }
+    }
+}
+
+/// Every path, schedule and number of threads gives what the oracle gives for the plan's own selection.
+fn check(spec: &Spec, planned: usize, nth: usize) {
+    let mut case = Case::new(spec);
+    for path in [Path::Scalar, Path::detect()] {
+        let options = |schedule| Options { path: Some(path), schedule: Some(schedule) };
+        let plan = case.plan(planned, options(Schedule::Split)).unwrap();
+        let split = case.run(&plan, nth);
+        let call = &case.call;
+        let mut shares = (0.0, 0);
+        for (row, kind) in call.rows.iter().enumerate() {
+            let Row::Sparse(n) = kind else { continue };
+            let index = &call.bindings[*n as usize].index;
+            for h in 0..spec.n_head_kv {
+                let kept = plan.selected(row, h).unwrap();
+                same_selection(call, row, h, &kept);
+                let view = index.layer(LAYER).unwrap();
+                let o = view.head_offsets(h);
+                let keys: u32 = kept.iter().map(|i| o[*i as usize + 1] - o[*i as usize]).sum();
+                shares.0 += (spec.n_sink as f64 + keys as f64) / (spec.n_prefix - spec.n_window) as f64;
+                shares.1 += 1;
+            }
+        }
+        assert!((plan.kept().share_sum - shares.0).abs() < 1e-9 && plan.kept().count == shares.1);
+        let want = oracle::run_with(call, &|row, h| plan.selected(row, h).unwrap());
+        close(&split, &want, &format!("split on {}", path.name()));
+        assert_eq!(case.run(&plan, nth + 1), split, "a second run of the same plan");
+
+        let plan = case.plan(planned, options(Schedule::Fused)).unwrap();
+        let fused = case.run(&plan, nth);
+        close(&fused, &want, &format!("fused on {}", path.name()));
+        assert!((plan.kept().share_sum - shares.0).abs() < 1e-9 && plan.kept().count == shares.1);
+    }
+}
+
+fn modes() -> impl Strategy<Value = Mode> {
+    prop_oneof![
+        (0.0f32..0.9).prop_map(Mode::Budget),
+        Just(Mode::Budget(1.0)),
+        (1e-4f32..1e-2, 0.0f32..0.3).prop_map(|(threshold, floor)| Mode::Threshold { threshold, floor }),
+        (0.1f32..0.99).prop_map(Mode::Mass),
+    ]
+}
+
+fn specs() -> impl Strategy<Value = Spec> {
+    let dims = || prop::sample::select(vec![64usize, 72, 80, 96, 128, 192, 256]);
+    let shape = (dims(), dims(), 1usize..=16, 1usize..=3, 1usize..=6, 1usize..=2);
+    let prefix = (60usize..220, 0usize..12, 0usize..24, 0usize..60, 1usize..24, 0.0f32..1.2);
+    let spread = prop::sample::select(vec![Spread::None, Spread::Radius, Spread::Diag]);
+    let select = (modes(), spread, any::<bool>());
+    let flavour = (any::<[bool; 4]>(), prop::sample::select(vec![0.0f32, 0.0, 30.0]));
+    (any::<u64>(), shape, prefix, select, flavour).prop_map(|(seed, shape, prefix, select, (flags, softcap))| Spec {
+        seed,
+        dk: shape.0,
+        dv: shape.1,
+        group: shape.2,
+        n_head_kv: shape.3,
+        n_query: shape.4,
+        n_stream: shape.5,
+        n_prefix: prefix.0,
+        n_sink: prefix.1,
+        n_window: prefix.2,
+        n_other: prefix.3,
+        n_cluster: prefix.4,
+        sparse: prefix.5,
+        mask: flags[0],
+        mask_per_head: flags[1],
+        sinks: flags[2],
+        head_major: flags[3],
+        softcap,
+        max_bias: 0.0,
+        plain_mask: false,
+        selection: Selection { mode: select.0, spread: select.1, alpha: 2.0, estimate: select.2 },
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    #[test]
+    fn calls_of_every_kind_agree_with_the_oracle(spec in specs(), planned in 1usize..5, nth in 1usize..5) {
+        check(&spec, planned, nth);
+    }
+
+    #[test]
+    fn forced_plans_are_dense_attention(spec in specs(), alibi in any::<bool>(), nth in 1usize..4) {
+        let spec = Spec { sparse: 0.0, max_bias: if alibi { 8.0 } else { 0.0 }, ..spec };
+        let mut case = Case::new(&spec);
+        let want = oracle::run(&case.call);
+        let plan = Plan::forced(case.call.problem, 2).unwrap();
+        close(&case.run(&plan, nth), &want, "forced");
+        prop_assert_eq!(plan.kept().count, 0);
+    }
+
+    #[test]
+    fn budget_1_is_dense_attention(spec in specs(), nth in 1usize..4) {
+        let spec = Spec { sparse: 1.0, plain_mask: true, mask_per_head: false, ..spec };
+        let spec = Spec { selection: Selection { mode: Mode::Budget(1.0), ..spec.selection }, ..spec };
+        let mut case = Case::new(&spec);
+        let plan = case.plan(nth, Options::default()).unwrap();
+        let got = case.run(&plan, nth);
+        prop_assert_eq!(plan.kept().share_sum, plan.kept().count as f64);
+        let mut dense = case.call.clone();
+        dense.rows = vec![Row::Dense; dense.rows.len()].into();
+        close(&got, &oracle::run(&dense), "budget 1");
+    }
+}
+
+#[test]
+fn many_rows_over_many_cells() {
+    let spec = Spec { n_query: 40, n_prefix: 900, n_other: 200, n_cluster: 45, sparse: 0.7, ..Spec::base() };
+    check(&spec, 3, 2);
+    check(&Spec { n_query: 1, dk: 128, dv: 128, group: 7, seed: 5, ..spec }, 8, 4);
+}
+
+#[test]
+fn the_oracle_gives_the_mean_for_a_zero_query() {
+    let spec = Spec { n_query: 1, n_head_kv: 1, group: 1, sparse: 0.0, mask: false, n_other: 0, ..Spec::base() };
+    let mut case = Case::new(&spec);
+    case.q.fill(0.0);
+    case.call.problem.q.data = case.q.as_mut_ptr().cast();
+    for (d, got) in oracle::run(&case.call).into_iter().enumerate() {
+        let mean = case.v.iter().skip(d).step_by(spec.dv).map(|v| v.to_f64()).sum::<f64>() / spec.n_prefix as f64;
+        assert!((got - mean).abs() < 1e-12, "dimension {d}: {got} is not the mean {mean}");
+    }
+}
+
+#[test]
+fn the_estimate_of_every_cluster_is_close_to_dense_where_clusters_are_tight() {
+    // One key per cluster: a dropped cluster's estimate is its key's own term, up to the rounding of the centroid.
+    let spec = Spec { n_prefix: 120, n_sink: 2, n_window: 18, n_cluster: 100, plain_mask: true, ..Spec::base() };
+    let selection = Selection { mode: Mode::Budget(0.1), spread: Spread::None, alpha: 0.0, estimate: true };
+    let case = Case::new(&Spec { selection, ..spec.clone() });
+    let dense = oracle::run(&Case::new(&Spec { sparse: 0.0, ..spec }).call);
+    let largest = |got: &[f64]| got.iter().zip(&dense).fold(0.0f64, |m, (g, w)| m.max((g - w).abs()));
+    let with = largest(&oracle::run(&case.call));
+    let mut call = case.call.clone();
+    call.selection.estimate = false;
+    let without = largest(&oracle::run(&call));
+    assert!(with < 1e-3 && without > 10.0 * with, "error {with} with the estimate, {without} without");
+}
+
+#[test]
+fn a_fully_masked_row_is_zero_and_every_output_is_written() {
+    for sinks in [false, true] {
+        let mut case = Case::new(&Spec { sparse: 0.0, sinks, ..Spec::base() });
+        case.mask.fill(half::f16::NEG_INFINITY);
+        case.call.problem.mask.as_mut().unwrap().data = case.mask.as_mut_ptr().cast();
+        case.v.fill(half::f16::NAN);
+        case.call.problem.v.data = case.v.as_mut_ptr().cast();
+        let plan = case.plan(2, Options::default()).unwrap();
+        assert!(case.run(&plan, 2).iter().all(|x| *x == 0.0), "sinks: {sinks}");
+    }
+}
+
+#[test]
+fn a_query_that_is_not_finite_neither_hangs_nor_crashes() {
+    for value in [f32::NAN, f32::INFINITY, 1e38] {
+        let mut case = Case::new(&Spec::base());
+        case.q.fill(value);
+        case.call.problem.q.data = case.q.as_mut_ptr().cast();
+        for schedule in [Schedule::Split, Schedule::Fused] {
+            let plan = case.plan(2, Options { path: None, schedule: Some(schedule) }).unwrap();
+            case.run(&plan, 2);
+            let kept = plan.kept();
+            assert!(kept.share_sum / kept.count as f64 >= 0.2 - 1e-9, "the budget is filled all the same");
+        }
+    }
+}
+
+#[test]
+fn calls_that_do_not_fit_are_refused_with_the_reason() {
+    let case = Case::new(&Spec::base());
+    let refused = |change: &dyn Fn(&mut Call)| {
+        let mut call = case.call.clone();
+        change(&mut call);
+        Plan::new(call, 2).map(|_| ()).unwrap_err()
+    };
+    assert_eq!(refused(&|c| c.layer = 0), Unsupported::NoLayer { layer: 0 });
+    assert_eq!(refused(&|c| c.problem.max_bias = 8.0), Unsupported::Alibi { max_bias: "8".into() });
+    assert_eq!(refused(&|c| c.problem.q.ne[0] = 60), Unsupported::HeadDim { what: "key", size: 60 });
+    assert_eq!(refused(&|c| c.problem.v.ne[0] = 512), Unsupported::HeadDim { what: "value", size: 512 });
+    assert_eq!(refused(&|c| c.problem.k.nb[0] = 4), Unsupported::Stride { what: "k", step: 4, want: 2 });
+    assert_eq!(refused(&|c| c.rows = vec![Row::Dense].into()), Unsupported::Rows { got: 1, want: 2 });
+    assert_eq!(refused(&|c| c.rows = vec![Row::Sparse(9); 2].into()), Unsupported::NoBinding { got: 9, n: 1 });
+    let one_head = refused(&|c| {
+        c.problem.k.ne[2] = 1;
+        c.problem.v.ne[2] = 1;
+    });
+    assert_eq!(one_head, Unsupported::Index { what: "KV heads", index: 2, call: 1 });
+    let short = refused(&|c| {
+        let mut b = c.bindings[0].clone();
+        b.cells = b.cells[1..].into();
+        c.bindings = vec![b].into();
+    });
+    assert_eq!(short, Unsupported::Binding { what: "prefix cells", got: 299, want: 300 });
+    let masked = refused(&|c| c.problem.mask.as_mut().unwrap().ne[0] = 7);
+    assert!(masked.to_string().contains("mask has 7 elements"), "{masked}");
+}
+
+#[test]
+fn the_path_has_a_name() {
+    assert_eq!(cpu::path(), Path::detect().name());
+}
