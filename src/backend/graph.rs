@@ -41,7 +41,10 @@ struct Shared {
 /// A graph with sparse nodes replaced, and what it needs to stay alive.
 pub struct Rewrite {
     pub nodes: Vec<*mut sys::ggml_tensor>,
+    // boxed: the graph and the nodes keep their addresses
+    #[allow(clippy::vec_box)]
     custom: Vec<Box<sys::ggml_tensor>>,
+    #[allow(clippy::vec_box)]
     stages: Vec<Box<Stage>>,
     plans: Vec<(Arc<Plan>, bool)>,
     shared: Arc<Shared>,

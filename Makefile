@@ -1,0 +1,48 @@
+# Everything a developer or CI runs. Binaries, models and fetched sources all go below target/.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+RELEASE := $(TARGET)/release
+
+.PHONY: build plugin test demo lint deny setup llama models clean
+
+build: plugin
+
+# GGML_BACKEND_PATH takes any file; the hyphenated name is the one that documentation and packages use.
+plugin:
+	cargo build --release --workspace
+	ln -f $(RELEASE)/libggml_squeeze.so $(RELEASE)/libggml-squeeze.so
+
+# --workspace throughout: another set of packages gives llama-cpp-sys-2 other build dependencies, hence a second build of it.
+test: setup lint
+	scripts/llama.sh
+	scripts/bindings.sh --check
+	scripts/models.sh "$${SQZ_MODELS:-$(TARGET)/models}" smollm2
+	$(MAKE) plugin
+	cargo test --release --workspace
+	scripts/conformance.sh
+
+demo: setup plugin
+	scripts/llama.sh
+	scripts/models.sh "$${SQZ_MODELS:-$(TARGET)/models}" smollm2
+	scripts/demo.sh
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets -- -D warnings
+
+deny:
+	cargo deny --version > /dev/null || { echo "install it with: cargo install --locked cargo-deny" >&2; exit 1; }
+	cargo deny check
+
+setup:
+	scripts/setup.sh
+
+llama:
+	scripts/llama.sh
+
+models:
+	scripts/models.sh
+
+clean:
+	cargo clean

@@ -1,0 +1,302 @@
+//! `sqz build`: a text and a model become an index, and llama.cpp's own state files of the prefix.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{bail, ensure, Context as _, Result};
+use ggml_squeeze::build::{self, LayerCapture, Settings};
+use ggml_squeeze::config::DEFAULT_MIN_PREFIX;
+use ggml_squeeze::index::{self, BuildSettings, IndexMeta, IndexParts, ModelId, Rope};
+
+use crate::capture::{Capture, DenseLayers};
+use crate::fingerprint;
+use crate::llama::{Context, Model, ModelArgs};
+use crate::progress::Phase;
+use crate::tokens::{self, Chat};
+
+/// Options of `sqz build`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct BuildArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The text of the prefix
+    #[arg(short, long, value_name = "FILE")]
+    pub file: PathBuf,
+    /// The index to write (*.sqz.gguf)
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// How prompts begin with the text
+    #[arg(long, value_enum, default_value_t = Chat::Raw)]
+    pub chat: Chat,
+    /// Also write the prefix's state for llama-completion --prompt-cache
+    #[arg(long, value_name = "FILE")]
+    pub state_file: Option<PathBuf>,
+    /// Also write the prefix's state for llama-server's slot restore (--slot-save-path)
+    #[arg(long, value_name = "FILE")]
+    pub slot_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
+}
+
+/// How the keys are clustered.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ClusterArgs {
+    /// Clusters as a share of the clustered keys
+    #[arg(long, value_name = "SHARE", default_value_t = Settings::default().cluster_share)]
+    pub clusters: f32,
+    /// First tokens, always attended
+    #[arg(long, value_name = "N", default_value_t = Settings::default().n_sink)]
+    pub sinks: u32,
+    /// Last tokens, always attended; their queries calibrate
+    #[arg(long, value_name = "N", default_value_t = Settings::default().n_window)]
+    pub window: u32,
+    /// Seed of the clustering
+    #[arg(long, value_name = "N", default_value_t = Settings::default().seed)]
+    pub seed: u64,
+}
+
+impl ClusterArgs {
+    fn settings(&self, n_threads: usize) -> Result<Settings> {
+        ensure!(self.clusters > 0.0 && self.clusters <= 1.0, "--clusters {} is no share: give 0.05", self.clusters);
+        ensure!(self.window > 0, "--window 0 leaves no queries to calibrate with: give 100");
+        Ok(Settings {
+            n_sink: self.sinks,
+            n_window: self.window,
+            cluster_share: self.clusters,
+            seed: self.seed,
+            n_threads,
+            ..Settings::default()
+        })
+    }
+}
+
+/// What was made, and what it cost.
+pub struct Report {
+    pub n_prefix: usize,
+    pub n_indexed: usize,
+    pub dense_layers: DenseLayers,
+    pub bytes: u64,
+    pub seconds: [f64; 2],
+    /// Largest relative error of the captured attention over the indexed layers.
+    pub capture_error: f32,
+}
+
+/// The command.
+pub fn run(args: &BuildArgs) -> Result<()> {
+    let r = make(args)?;
+    for (layer, why) in &r.dense_layers {
+        eprintln!("layer {layer} stays dense: {why}");
+    }
+    eprintln!(
+        "{}: {} tokens, {} layers indexed, {} dense, {:.1} MiB; capture checked to {:.1e}; prefill {:.1} s, clustering {:.1} s, peak memory {}",
+        args.output.display(),
+        r.n_prefix,
+        r.n_indexed,
+        r.dense_layers.len(),
+        r.bytes as f64 / 1048576.0,
+        r.capture_error,
+        r.seconds[0],
+        r.seconds[1],
+        peak_memory().map_or("unknown".into(), |b| format!("{:.0} MiB", b as f64 / 1048576.0)),
+    );
+    if r.n_prefix < DEFAULT_MIN_PREFIX {
+        eprintln!(
+            "note: at {} tokens dense attention is as fast; the plugin uses this index only with GGML_SQUEEZE_MIN_PREFIX={}",
+            r.n_prefix, r.n_prefix
+        );
+    }
+    Ok(())
+}
+
+/// Builds the index and the state files.
+pub fn make(args: &BuildArgs) -> Result<Report> {
+    let settings = args.cluster.settings(args.model.n_threads())?;
+    let text = read_text(&args.file)?;
+    let outputs = [Some(&args.output), args.state_file.as_ref(), args.slot_file.as_ref()];
+    for path in outputs.into_iter().flatten() {
+        check_writable(path)?;
+    }
+    let model = Model::load(&args.model.model)?;
+    let tokens = tokens::prefix(&model, &text, args.chat, settings.n_threads)
+        .with_context(|| format!("cannot make a prefix of {}", args.file.display()))?;
+    let least = (settings.n_sink + settings.n_window) as usize + 2;
+    ensure!(
+        tokens.len() >= least,
+        "{} has {} tokens, too short: the first {} and the last {} are never clustered, so {least} are needed (from {} on an \
+         index pays); give a longer text, or lower --sinks and --window",
+        args.file.display(),
+        tokens.len(),
+        settings.n_sink,
+        settings.n_window,
+        DEFAULT_MIN_PREFIX,
+    );
+    if tokens.len() > model.n_ctx_train() {
+        eprintln!("warning: {} tokens, but the model was trained on {}", tokens.len(), model.n_ctx_train());
+    }
+
+    let capture = Capture::new(tokens.len(), settings.n_window as usize);
+    let mut context = Context::new(&model, &args.model, tokens.len(), Some(capture))?;
+    let n_ubatch = context.n_ubatch();
+    let phase = Phase::new("prefill", tokens.len().div_ceil(n_ubatch));
+    context.prefill(&tokens, |n| phase.step(n.div_ceil(n_ubatch)))?;
+    let prefill = phase.end();
+
+    // The cells stay in memory until something is written over them: states may be saved before K and V are read.
+    if let Some(path) = &args.slot_file {
+        context.save_slot(path, &tokens)?;
+    }
+    if let Some(path) = &args.state_file {
+        context.save_prompt_cache(path, &tokens)?;
+    }
+
+    let mut parts = IndexParts {
+        meta: meta(&model, args, &settings, tokens)?,
+        layers: Vec::new(),
+        sketch: ggml_squeeze::index::SketchParts { layer: 0, k_dims: vec![], v_dims: vec![], k: vec![], v: vec![] },
+        probes: Vec::new(),
+    };
+    let capture = context.capture().context("the context was made with a capture")?;
+    let (seconds, capture_error) = cluster(capture, &settings, &mut parts)?;
+    drop(context);
+    let bytes = index::write(&args.output, &parts)?;
+    Ok(Report {
+        n_prefix: parts.meta.n_prefix(),
+        n_indexed: parts.layers.len(),
+        dense_layers: parts.meta.dense_layers,
+        bytes,
+        seconds: [prefill, seconds],
+        capture_error,
+    })
+}
+
+/// Indexes every layer that can be, one at a time; returns seconds and the largest capture error.
+fn cluster(capture: &Capture, settings: &Settings, parts: &mut IndexParts) -> Result<(f64, f32)> {
+    let (good, mut dense) = capture.finish()?;
+    let probe_tokens = build::probe_tokens(parts.meta.n_prefix(), settings);
+    let probe_layers = [good[good.len() / 2], good[good.len() - 1]];
+    let phase = Phase::new("cluster", good.len());
+    let (mut scores, mut worst) = (Vec::new(), 0.0f32);
+    for (i, &number) in good.iter().enumerate() {
+        let (layer, error): (LayerCapture, f32) = match capture.read(number) {
+            Ok(read) => read,
+            Err(why) => {
+                dense.push((number, why));
+                continue;
+            }
+        };
+        worst = worst.max(error);
+        let (made, score) = build::index_layer(&layer, settings, &|part| phase.part(i, part))
+            .with_context(|| format!("cannot index layer {number}"))?;
+        if parts.layers.is_empty() {
+            parts.sketch = build::sketch(&layer).with_context(|| format!("cannot sketch layer {number}"))?;
+        } else if probe_layers.contains(&number) {
+            parts.probes.push(build::probe(&layer, &probe_tokens));
+        }
+        parts.layers.push(made);
+        scores.push(score);
+        phase.step(i + 1);
+    }
+    let seconds = phase.end();
+    if parts.layers.is_empty() {
+        let why: Vec<String> = dense.iter().map(|(n, why)| format!("layer {n}: {why}")).collect();
+        bail!("no layer of this model can be indexed: {}", why.join("; "));
+    }
+    dense.sort();
+    parts.meta.dense_layers = dense;
+    parts.meta.calibration = build::calibrate(&scores, &build::BUDGETS);
+    Ok((seconds, worst))
+}
+
+fn meta(model: &Model, args: &BuildArgs, settings: &Settings, tokens: Vec<i32>) -> Result<IndexMeta> {
+    let architecture = model.meta("general.architecture").unwrap_or_default();
+    let number = |key: &str| model.meta(&format!("{architecture}.{key}")).and_then(|v| v.parse::<f32>().ok());
+    Ok(IndexMeta {
+        model: ModelId {
+            name: model.meta("general.name").unwrap_or_default(),
+            fingerprint: fingerprint::of_model(model.path())?,
+            architecture: architecture.clone(),
+        },
+        rope: Rope {
+            kind: model.rope_type(),
+            // llama.cpp's own default where the file has none.
+            freq_base: number("rope.freq_base").unwrap_or(10000.0),
+            freq_scale: model.rope_freq_scale(),
+        },
+        n_layer: model.n_layer(),
+        tokens,
+        n_sink: settings.n_sink,
+        n_window: settings.n_window,
+        build: BuildSettings {
+            seed: settings.seed,
+            iterations: settings.iterations,
+            cluster_share: settings.cluster_share,
+            chat: args.chat.name().to_string(),
+            builder: format!("sqz {}", env!("CARGO_PKG_VERSION")),
+        },
+        calibration: Vec::new(),
+        dense_layers: Vec::new(),
+    })
+}
+
+/// A text file.
+///
+/// # Errors
+/// It cannot be read or is not UTF-8.
+pub fn read_text(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read the text {}", path.display()))?;
+    String::from_utf8(bytes)
+        .with_context(|| format!("{} is not UTF-8: convert it first (iconv -t UTF-8)", path.display()))
+}
+
+/// Finds out before the long work whether `path` can be written. What is there stays as it is.
+fn check_writable(path: &Path) -> Result<()> {
+    let existed = path.exists();
+    std::fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(path)
+        .with_context(|| format!("cannot write {}: choose another place for it", path.display()))?;
+    if !existed {
+        std::fs::remove_file(path).with_context(|| format!("cannot remove the trial file {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Peak resident bytes of this process (VmHWM).
+fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_output_is_tried_and_left_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let (new, old) = (dir.path().join("new"), dir.path().join("old"));
+        std::fs::write(&old, "kept").unwrap();
+        check_writable(&new).unwrap();
+        check_writable(&old).unwrap();
+        assert!(!new.exists());
+        assert_eq!(std::fs::read_to_string(&old).unwrap(), "kept");
+        let error = format!("{:#}", check_writable(&dir.path().join("none/x")).unwrap_err());
+        assert!(error.contains("none/x"), "{error}");
+        assert!(check_writable(dir.path()).is_err());
+    }
+
+    #[test]
+    fn bad_shares_are_refused() {
+        let args = |clusters| ClusterArgs { clusters, sinks: 16, window: 100, seed: 0 };
+        assert!(args(0.05).settings(1).is_ok());
+        for clusters in [0.0, -1.0, 1.5, f32::NAN] {
+            assert!(args(clusters).settings(1).is_err());
+        }
+    }
+
+    #[test]
+    fn peak_memory_is_more_than_a_mebibyte() {
+        assert!(peak_memory().unwrap() > 1 << 20);
+    }
+}

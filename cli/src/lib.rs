@@ -1,0 +1,14 @@
+//! The parts of `sqz`, as a library for its tests.
+
+pub mod bench;
+pub mod build_cmd;
+pub mod capture;
+pub mod eval;
+pub mod facts;
+pub mod fingerprint;
+pub mod inspect;
+pub mod llama;
+pub mod metrics;
+pub mod progress;
+pub mod session;
+pub mod tokens;

@@ -1,0 +1,137 @@
+//! A small owner-based wrapper of libllama: model, context, tokens, decode, logits, state files. Everything that needs
+//! `unsafe` for llama.cpp, but for reading tensors (`capture.rs`), is here and in `llama/`.
+
+use std::ffi::{c_char, c_void, CStr, CString};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Mutex;
+
+use anyhow::{ensure, Context as _, Result};
+use llama_cpp_sys_2 as sys;
+
+mod context;
+mod model;
+
+pub use context::{Context, Outputs};
+pub use model::Model;
+
+static VERBOSE: AtomicBool = AtomicBool::new(false);
+static LAST_ERROR: Mutex<String> = Mutex::new(String::new());
+
+/// llama.cpp's `-fa`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Flash {
+    On,
+    Auto,
+    Off,
+}
+
+/// Options that every command with a model has, under llama.cpp's names.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ModelArgs {
+    /// Model file (GGUF)
+    #[arg(short, long, value_name = "FILE")]
+    pub model: PathBuf,
+    /// Context size in tokens [default: what is needed]
+    #[arg(short, long, value_name = "N")]
+    pub ctx_size: Option<u32>,
+    /// Most tokens per decode call
+    #[arg(short, long, value_name = "N", default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..))]
+    pub batch_size: u32,
+    /// Most tokens per graph (-ub)
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    pub ubatch_size: u32,
+    /// Threads [default: all cores]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub threads: Option<u32>,
+    /// Flash attention (-fa)
+    #[arg(long, value_enum, default_value_t = Flash::Auto, value_name = "on|auto|off")]
+    pub flash_attn: Flash,
+}
+
+impl ModelArgs {
+    pub fn n_threads(&self) -> usize {
+        let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
+        self.threads.map_or_else(cores, |n| n as usize)
+    }
+}
+
+unsafe extern "C" fn on_log(level: sys::ggml_log_level, text: *const c_char, _: *mut c_void) {
+    if text.is_null() {
+        return;
+    }
+    // SAFETY: llama.cpp passes a NUL-terminated text that lives for the call.
+    let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
+    if VERBOSE.load(Ordering::Relaxed) {
+        eprint!("{text}");
+    }
+    if level == sys::GGML_LOG_LEVEL_ERROR {
+        *LAST_ERROR.lock().unwrap_or_else(|e| e.into_inner()) = text.trim().to_string();
+    }
+}
+
+/// What llama.cpp said last, as the tail of a sentence of ours.
+fn cause() -> String {
+    let text = std::mem::take(&mut *LAST_ERROR.lock().unwrap_or_else(|e| e.into_inner()));
+    if text.is_empty() {
+        ": run with -v for llama.cpp's own messages".to_string()
+    } else {
+        format!(": llama.cpp says '{text}'")
+    }
+}
+
+/// Sends llama.cpp's log to stderr (`verbose`) or nowhere, and loads the CPU backends built beside it. Once, first.
+pub fn start(verbose: bool) -> Result<()> {
+    VERBOSE.store(verbose, Ordering::Relaxed);
+    let folder =
+        sys::BACKENDS_DIR.context("llama-cpp-sys-2 was built without dynamic backends: build with its feature")?;
+    let folder = CString::new(folder)?;
+    // This program has the plugin linked in; a second copy of it must not patch the same device.
+    if std::env::var("GGML_BACKEND_PATH").is_ok_and(|p| p.contains("squeeze")) {
+        std::env::remove_var("GGML_BACKEND_PATH");
+    }
+    // SAFETY: called before any thread is started; the callback is a static function and the path a C string.
+    unsafe {
+        sys::llama_log_set(Some(on_log), std::ptr::null_mut());
+        sys::ggml_backend_load_all_from_path(folder.as_ptr());
+        sys::llama_backend_init();
+        ensure!(
+            sys::ggml_backend_dev_count() > 0,
+            "no ggml backend could be loaded from {}: build sqz again (cargo build --release -p sqz)",
+            folder.to_string_lossy()
+        );
+    }
+    Ok(())
+}
+
+fn c_path(path: &Path) -> Result<CString> {
+    CString::new(path.as_os_str().as_encoded_bytes())
+        .with_context(|| format!("{} has a NUL in its name", path.display()))
+}
+
+/// One turn through a chat template of llama.cpp's own list (detected from the template's text).
+pub fn apply_template(template: &CStr, messages: &[(&str, &str)], answer_follows: bool) -> Result<String> {
+    let owned: Vec<(CString, CString)> = messages
+        .iter()
+        .map(|(role, content)| Ok((CString::new(*role)?, CString::new(*content)?)))
+        .collect::<Result<_>>()
+        .context("the text contains a NUL character: remove it")?;
+    let chat: Vec<sys::llama_chat_message> = owned
+        .iter()
+        .map(|(role, content)| sys::llama_chat_message { role: role.as_ptr(), content: content.as_ptr() })
+        .collect();
+    let mut buf = vec![0u8; messages.iter().map(|m| m.1.len() + 256).sum::<usize>() + 1024];
+    loop {
+        // SAFETY: `chat` and `buf` have the lengths stated, and the texts live in `owned`.
+        let n = unsafe {
+            let (room, out) = (buf.len() as i32, buf.as_mut_ptr().cast());
+            sys::llama_chat_apply_template(template.as_ptr(), chat.as_ptr(), chat.len(), answer_follows, out, room)
+        };
+        ensure!(n >= 0, "llama.cpp does not know this model's chat template: use --chat raw");
+        if n as usize <= buf.len() {
+            buf.truncate(n as usize);
+            return String::from_utf8(buf).context("the chat template made text that is not UTF-8");
+        }
+        buf.resize(n as usize, 0);
+    }
+}

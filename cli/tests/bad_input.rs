@@ -1,0 +1,92 @@
+//! Bad input: each has its own clear message, and costs the host nothing.
+
+mod common;
+
+use std::path::Path;
+
+use common::{build, completion, model, plugin, sqz, stderr, text};
+
+/// Runs `sqz build` that must fail, and returns what it says.
+fn refused(folder: &Path, text: &str, output: &str, more: &[&str]) -> String {
+    let input = folder.join("in.txt");
+    std::fs::write(&input, text).unwrap();
+    let model = model();
+    let mut args = vec!["build", "-m", model.to_str().unwrap(), "-f", input.to_str().unwrap(), "-o", output];
+    args.extend(more);
+    let run = sqz(&args);
+    assert!(!run.status.success(), "{args:?} was taken");
+    stderr(&run)
+}
+
+#[test]
+fn build_says_what_is_wrong_and_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("x.sqz.gguf");
+    let out = out.to_str().unwrap();
+    let short = refused(folder.path(), "Too short a text.", out, &[]);
+    assert!(short.contains("too short") && short.contains("--window"), "{short}");
+    let unwritable = refused(folder.path(), &text(900), "/proc/none/x.sqz.gguf", &[]);
+    assert!(unwritable.contains("cannot write /proc/none/x.sqz.gguf"), "{unwritable}");
+    let no_flash = refused(folder.path(), &text(900), out, &["-fa", "off"]);
+    assert!(no_flash.contains("flash attention"), "{no_flash}");
+    assert!(!Path::new(out).exists());
+    let missing = sqz(&["inspect", "no-such-file.sqz.gguf"]);
+    assert!(!missing.status.success() && stderr(&missing).contains("no-such-file.sqz.gguf"), "{}", stderr(&missing));
+}
+
+#[test]
+fn a_host_with_a_bad_index_lives_and_stays_dense() {
+    let folder = tempfile::tempdir().unwrap();
+    let good = build(folder.path(), &text(900), &[]);
+    let bytes = std::fs::read(&good).unwrap();
+    let prompt = folder.path().join("prefix.txt");
+    let dense = completion(&prompt, &[]);
+    assert!(dense.status.success(), "{}", stderr(&dense));
+    assert!(dense.stdout.len() > 10);
+
+    let case = |name: &str, content: Option<Vec<u8>>| {
+        let path = folder.path().join(name);
+        if let Some(content) = content {
+            std::fs::write(&path, content).unwrap();
+        }
+        path.to_str().unwrap().to_string()
+    };
+    let mut flipped = bytes.clone();
+    *flipped.last_mut().unwrap() ^= 1;
+    let mut newer = bytes.clone();
+    let key = b"squeeze.version";
+    let at = newer.windows(key.len()).position(|w| w == key).unwrap() + key.len() + 4;
+    newer[at] += 1;
+    let cases = [
+        (case("truncated", Some(bytes[..bytes.len() / 2].to_vec())), "truncated"),
+        (case("flipped", Some(flipped)), "checksum"),
+        (case("foreign", Some(std::fs::read(model()).unwrap())), "not a squeeze index"),
+        (case("newer", Some(newer)), "version"),
+        (case("missing", None), "missing"),
+    ];
+    let plugin = plugin();
+    let mut said = Vec::new();
+    for (path, word) in &cases {
+        let variables = [("GGML_BACKEND_PATH", &*plugin), ("GGML_SQUEEZE_INDEX", path), ("GGML_SQUEEZE_LOG", "1")];
+        let run = completion(&prompt, &variables);
+        assert!(run.status.success(), "{word}: {}", stderr(&run));
+        assert_eq!(run.stdout, dense.stdout, "{word}: another answer than without the plugin");
+        let err = stderr(&run);
+        let line = err.lines().find(|l| l.starts_with("squeeze: ")).unwrap_or_else(|| panic!("{word}: silent"));
+        assert!(line.contains(&**path) && line.contains("stays dense"), "{word}: {line}");
+        assert!(line.to_lowercase().contains(word), "{word}: {line}");
+        said.push(line.replace(&**path, ""));
+    }
+    said.sort();
+    said.dedup();
+    assert_eq!(said.len(), cases.len(), "two cases share a message: {said:#?}");
+
+    // the same plugin with the good index is used, in the same unmodified program
+    let path = good.to_str().unwrap();
+    let log = [("GGML_SQUEEZE_LOG", "1"), ("GGML_SQUEEZE_MIN_PREFIX", "0")];
+    let variables = [("GGML_BACKEND_PATH", &*plugin), ("GGML_SQUEEZE_INDEX", path), log[0], log[1]];
+    let run = completion(&prompt, &variables);
+    let err = stderr(&run);
+    assert!(run.status.success() && err.contains("is bound"), "{err}");
+    assert!(err.lines().any(|l| l.contains("totals:") && !l.contains("sparse 0 nodes")), "{err}");
+}

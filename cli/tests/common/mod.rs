@@ -1,0 +1,66 @@
+//! What the tests on a real model share: where it is, an index of a short text, a run of the unmodified llama.cpp.
+
+#![allow(dead_code)]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// The checkout, for the text and for `target/`.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
+}
+
+/// SmolLM2-135M, as scripts/models.sh puts it.
+pub fn model() -> PathBuf {
+    let folder = std::env::var_os("SQZ_MODELS").map_or_else(|| target().join("models"), PathBuf::from);
+    let path = folder.join("smollm2-135m.gguf");
+    assert!(path.is_file(), "{} is missing: run scripts/models.sh (make test does)", path.display());
+    path
+}
+
+/// A text of this project, cut to `n` bytes.
+pub fn text(n: usize) -> String {
+    let all = include_str!("../../../docs/binding.md").repeat(4);
+    all[..all.char_indices().map(|(i, _)| i).find(|&i| i >= n).unwrap_or(all.len())].to_string()
+}
+
+pub fn sqz(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_sqz")).args(args).output().unwrap()
+}
+
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Builds an index of `text` in `folder`.
+pub fn build(folder: &Path, text: &str, more: &[&str]) -> PathBuf {
+    let (input, output) = (folder.join("prefix.txt"), folder.join("prefix.sqz.gguf"));
+    std::fs::write(&input, text).unwrap();
+    let model = model();
+    let mut args = vec!["build", "-m", model.to_str().unwrap(), "-f", input.to_str().unwrap()];
+    args.extend(["-o", output.to_str().unwrap(), "-t", "2"]);
+    args.extend(more);
+    let run = sqz(&args);
+    assert!(run.status.success(), "{}", stderr(&run));
+    output
+}
+
+/// llama-completion of the unmodified llama.cpp on `prompt`, 12 tokens, with these variables set.
+pub fn completion(prompt: &Path, variables: &[(&str, &str)]) -> Output {
+    let folder = std::env::var_os("SQZ_LLAMA_BIN").map_or_else(|| target().join("llama/bin"), PathBuf::from);
+    let model = model();
+    let args = ["-m", model.to_str().unwrap(), "-f", prompt.to_str().unwrap(), "-n", "12", "--temp", "0", "-no-cnv"];
+    let mut command = Command::new(folder.join("llama-completion"));
+    command.args(args).args(["--no-display-prompt", "-t", "2"]).envs(variables.iter().copied());
+    command.output().unwrap_or_else(|e| panic!("llama-completion: {e}: run scripts/llama.sh (make test does)"))
+}
+
+pub fn plugin() -> String {
+    let path = target().join("release/libggml-squeeze.so");
+    assert!(path.is_file(), "{} is missing: run make plugin", path.display());
+    path.to_str().unwrap().to_string()
+}
