@@ -58,11 +58,11 @@ fn a_host_with_a_bad_index_lives_and_stays_dense() {
     let at = newer.windows(key.len()).position(|w| w == key).unwrap() + key.len() + 4;
     newer[at] += 1;
     let cases = [
-        (case("truncated", Some(bytes[..bytes.len() / 2].to_vec())), "truncated"),
+        (case("truncated", Some(bytes[..bytes.len() / 2].to_vec())), "cut off"),
         (case("flipped", Some(flipped)), "checksum"),
-        (case("foreign", Some(std::fs::read(model()).unwrap())), "not a squeeze index"),
+        (case("foreign", Some(std::fs::read(model()).unwrap())), "no squeeze index"),
         (case("newer", Some(newer)), "version"),
-        (case("missing", None), "missing"),
+        (case("missing", None), "no such file"),
     ];
     let plugin = plugin();
     let mut said = Vec::new();
