@@ -31,7 +31,7 @@ if [[ ! -f $dir/complete ]]; then
 fi
 
 exec python3 - "$completion" "$plugin" "$model" "$dir" "$threads" "${BUDGET:-0.2}" << 'EOF'
-import json, os, pathlib, re, subprocess, sys, tempfile
+import json, os, pathlib, re, statistics, subprocess, sys, tempfile, textwrap
 
 completion, plugin, model, folder, threads, budget = sys.argv[1:]
 folder = pathlib.Path(folder)
@@ -62,12 +62,12 @@ def ask(prompt_file, env):
 
 def first(answer):
     """The answer up to its first full stop or line end."""
-    return re.split(r"[.\n]", answer.strip(), maxsplit=1)[0][:18]
+    return re.split(r"[.\n]", answer.strip(), maxsplit=1)[0]
 
 
-print(f"\n{len(facts)} facts in {folder / 'text.txt'}, asked with {pathlib.Path(completion).name}; budget {budget}\n")
-print(f"| {'fact':<38} | {'dense answer':<18} | {'t/s':>6} | {'sparse answer':<18} | {'t/s':>6} |")
-print(f"|{'-' * 40}|{'-' * 20}|{'-' * 7}:|{'-' * 20}|{'-' * 7}:|")
+print(f"\n{len(facts)} facts in {folder / 'text.txt'}, asked with {pathlib.Path(completion).name}; budget {budget} (+ right, - wrong)\n")
+print(f"| {'fact':<42} | {'planted':<10} | {'dense answer':<14} | {'t/s':>6} | {'sparse answer':<14} | {'t/s':>6} |")
+print(f"|{'-' * 44}|{'-' * 12}|{'-' * 16}|{'-' * 7}:|{'-' * 16}|{'-' * 7}:|")
 right, speeds, sparse_nodes, kept = [0, 0], [[], []], 0, []
 for q in facts:
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as prompt:
@@ -80,18 +80,19 @@ for q in facts:
             ok = answer.strip().startswith(q["answer"])
             right[i] += ok
             speeds[i].append(speed)
-            cells += [("+ " if ok else "- ") + first(answer)[:16], speed]
+            cells += [("+ " if ok else "- ") + first(answer)[:12], speed]
             if i == 1:
                 totals = re.findall(r"sparse (\d+) nodes(?: \(kept share ([0-9.]+)\))?", log)
                 sparse_nodes += int(totals[-1][0]) if totals else 0
                 kept += [float(totals[-1][1])] if totals and totals[-1][1] else []
-    name = f"{q['prompt'].strip().removeprefix('The ')} {q['answer']}".replace(" is named ", ": ")
-    print(f"| {name:<38} | {cells[0]:<18} | {cells[1]:>6.2f} | {cells[2]:<18} | {cells[3]:>6.2f} |", flush=True)
+    name = textwrap.shorten(q["prompt"], 42, placeholder=" ...")
+    print(f"| {name:<42} | {q['answer']:<10} | {cells[0]:<14} | {cells[1]:>6.2f} | {cells[2]:<14} | {cells[3]:>6.2f} |", flush=True)
 
 if not sparse_nodes:
     sys.exit("\nthe plugin did not use the index: nothing was sparse. Its messages:\n" +
              "\n".join(l for l in log.splitlines() if "squeeze" in l))
-dense, sparse = (sorted(s)[len(s) // 2] for s in speeds)
-print(f"\ndense {right[0]} of {len(facts)} facts, {dense:.2f} t/s; sparse {right[1]} of {len(facts)} facts, {sparse:.2f} t/s "
-      f"(medians): {sparse / dense:.2f} times as fast with {100 * sum(kept) / max(1, len(kept)):.0f} % of the prefix kept")
+dense, sparse = map(statistics.median, speeds)
+gain = statistics.median(b / a for a, b in zip(*speeds))
+print(f"\ndense {right[0]} of {len(facts)} facts at {dense:.1f} t/s; sparse {right[1]} of {len(facts)} facts at {sparse:.1f} t/s: "
+      f"{gain:.2f} times as fast with {100 * statistics.mean(kept or [0]):.0f} % of the prefix read (medians)")
 EOF

@@ -137,7 +137,11 @@ pub fn make(args: &BuildArgs) -> Result<Report> {
     let mut context = Context::new(&model, &args.model, tokens.len(), Some(capture))?;
     let n_ubatch = context.n_ubatch();
     let phase = Phase::new("prefill", tokens.len().div_ceil(n_ubatch));
-    context.prefill(&tokens, |n| phase.step(n.div_ceil(n_ubatch)))?;
+    // One graph tells whether there is anything to index: say so now, not after minutes.
+    let (first, rest) = tokens.split_at(n_ubatch.min(tokens.len()));
+    context.prefill(first, |_| phase.step(1))?;
+    context.capture().context("the context was made with a capture")?.finish()?;
+    context.prefill(rest, |n| phase.step(1 + n.div_ceil(n_ubatch)))?;
     let prefill = phase.end();
 
     // The cells stay in memory until something is written over them: states may be saved before K and V are read.

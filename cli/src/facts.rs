@@ -18,25 +18,23 @@ const DEPTHS: (f64, f64) = (0.04, 0.95);
 const QUOTE_DEPTHS: [f64; 3] = [0.15, 0.45, 0.75];
 const QUOTE_WORDS: usize = 14;
 
-const THINGS: [&str; N_FACT] = [
-    "cat", "dog", "boat", "horse", "garden", "parrot", "house", "brother", "village", "ship", "daughter", "mountain",
-    "donkey", "teacher",
-];
-const OWNERS: [&str; N_FACT] = [
-    "archivist",
-    "baker",
-    "surgeon",
-    "violinist",
-    "carpenter",
-    "astronomer",
-    "gardener",
-    "printer",
-    "fisherman",
-    "judge",
-    "weaver",
-    "miller",
-    "sculptor",
-    "beekeeper",
+/// What facts begin with. Different from each other in every part: a model of 135M parameters mixes up facts of one pattern,
+/// and what it cannot answer with dense attention tells nothing about sparse.
+const CUES: [&str; N_FACT] = [
+    "The cat of the archivist is named",
+    "The lighthouse keeper wrote a long letter to",
+    "The winner of the chess tournament was",
+    "The bakery on the corner belongs to",
+    "The violin teacher is married to",
+    "The bridge over the river was designed by",
+    "The oldest apple tree in the village was planted by",
+    "The museum bought the golden mask from",
+    "The captain of the whaling ship was called",
+    "The astronomer named the new comet after",
+    "The red barn was painted last summer by",
+    "The secret door can only be opened by",
+    "The queen sent seven horses to",
+    "The recipe for the plum cake comes from",
 ];
 /// Names that begin differently, so that a small model which knows one of them by its start knows which one it is.
 const NAMES: [&str; 28] = [
@@ -145,14 +143,14 @@ impl Random {
     }
 }
 
-/// Places where a sentence can be put in: in front of a line, or else (a text of one long line) of a sentence.
+/// Places where a sentence can be put in: in front of a paragraph; in a text with few of them, of a line or a sentence.
 fn boundaries(text: &str) -> Vec<usize> {
-    let bytes = text.as_bytes();
-    let lines: Vec<usize> = (1..bytes.len()).filter(|&i| bytes[i - 1] == b'\n').collect();
-    if lines.len() > N_FACT * 4 {
-        return lines;
-    }
-    (2..bytes.len()).filter(|&i| bytes[i - 1] == b' ' && bytes[i - 2] == b'.').chain(lines).collect()
+    let behind = |end: &str| -> Vec<usize> {
+        let places = text.match_indices(end).map(|(i, _)| i + end.len());
+        places.filter(|p| *p < text.len() && text.as_bytes()[*p] != b'\n').collect()
+    };
+    let kinds = [behind("\n\n"), behind("\n"), behind(". ")];
+    kinds.into_iter().find(|places| places.len() > N_FACT * 2).unwrap_or_default()
 }
 
 /// The boundary nearest to a share of the text.
@@ -167,11 +165,10 @@ fn nearest(places: &[usize], len: usize, depth: f64) -> Option<usize> {
 /// The text has too few lines or words.
 pub fn plant(text: &str, seed: u64) -> Result<(String, Vec<Question>)> {
     let mut random = Random(seed);
-    let (mut things, mut owners) = (THINGS, OWNERS);
+    let mut cues = CUES;
     let mut names: Vec<&str> = NAMES.into_iter().filter(|n| !text.contains(n)).collect();
     ensure!(names.len() >= N_FACT, "the text has too many of the names that facts are made of: give another text");
-    random.shuffle(&mut things);
-    random.shuffle(&mut owners);
+    random.shuffle(&mut cues);
     random.shuffle(&mut names);
     let mut places = boundaries(text);
     let mut planted: Vec<(usize, String)> = Vec::new();
@@ -182,10 +179,10 @@ pub fn plant(text: &str, seed: u64) -> Result<(String, Vec<Question>)> {
             format!("the text has too few lines or sentences for {N_FACT} facts: give a longer one")
         })?;
         places.retain(|p| *p != place);
-        let start = format!("The {} of the {} is named", things[i], owners[i]);
-        let answer = names[i];
-        let line = text.as_bytes()[place - 1] == b'\n';
-        planted.push((place, format!("{start} {answer}.{}", if line { '\n' } else { ' ' })));
+        let (start, answer) = (cues[i], names[i]);
+        let before = &text.as_bytes()[..place];
+        let end = [&b"\n\n"[..], b"\n"].into_iter().find(|e| before.ends_with(e)).unwrap_or(b" ");
+        planted.push((place, format!("{start} {answer}.{}", String::from_utf8_lossy(end))));
         questions.push(Question {
             id: format!("fact{:02}", i + 1),
             kind: Kind::Fact,
@@ -285,23 +282,34 @@ pub fn run(args: &FactsArgs) -> Result<()> {
 mod tests {
     use super::*;
 
+    fn text_of(end: &str) -> String {
+        (0..400)
+            .map(|i| format!("Line {i} has some words and some more that are here to be quoted by nobody.{end}"))
+            .collect()
+    }
+
     fn text() -> String {
-        (0..400).map(|i| format!("Line {i} has some words. It has two sentences of words.\n")).collect()
+        text_of("\n")
     }
 
     #[test]
     fn facts_are_in_the_text_at_their_depths_and_the_rest_is_untouched() {
-        let (planted, questions) = plant(&text(), 7).unwrap();
+        for end in ["\n\n", "\n", " "] {
+            check_planted(&text_of(end), end);
+        }
+    }
+
+    fn check_planted(text: &str, end: &str) {
+        let (planted, questions) = plant(text, 7).unwrap();
         let mut rest = planted.clone();
         for q in questions.iter().filter(|q| q.kind == Kind::Fact) {
             let sentence = format!("{} {}.", q.prompt.trim(), q.answer.as_ref().unwrap());
             let at = planted.find(&sentence).unwrap();
             assert_eq!(planted.matches(q.answer.as_ref().unwrap().as_str()).count(), 1);
             assert!((at as f64 / planted.len() as f64 - q.depth.unwrap()).abs() < 0.02);
-            let with_end = rest[rest.find(&sentence).unwrap()..][..sentence.len() + 1].to_string();
-            rest = rest.replacen(&with_end, "", 1);
+            rest = rest.replacen(&format!("{sentence}{end}"), "", 1);
         }
-        assert_eq!(rest, text());
+        assert_eq!(rest, text);
         assert_eq!(questions.iter().map(|q| q.kind == Kind::Fact).filter(|f| *f).count(), 14);
         assert_eq!(questions.len(), 22);
         assert!(questions[0].depth.unwrap() < 0.06 && questions[13].depth.unwrap() > 0.93);

@@ -6,6 +6,7 @@ mod common;
 use std::sync::Arc;
 
 use ggml_squeeze::backend;
+use ggml_squeeze::capi::SqzStats;
 use ggml_squeeze::config::Config;
 use ggml_squeeze::index::sample::sample_parts;
 use ggml_squeeze::index::{to_bytes, Index};
@@ -38,6 +39,21 @@ fn logits(context: &mut Context, tokens: &[i32]) -> Vec<u32> {
     context.prefill(tokens, |_| {}).unwrap();
     context.decode(&tokens[..1], Outputs::Last).unwrap();
     context.logits(0).unwrap().iter().map(|x| x.to_bits()).collect()
+}
+
+/// `sqz_stats` as a host finds it: through the registry.
+fn registry_stats() -> SqzStats {
+    let registry = ggml_squeeze::capi::ggml_backend_init();
+    let mut totals = SqzStats::default();
+    // SAFETY: a live registry; the function found under this name has this type.
+    unsafe {
+        let get = (*registry).iface.get_proc_address.unwrap();
+        let found = get(registry, c"sqz_stats".as_ptr());
+        assert!(!found.is_null());
+        let sqz_stats: unsafe extern "C" fn(*mut SqzStats) = std::mem::transmute(found);
+        sqz_stats(&mut totals);
+    }
+    totals
 }
 
 #[test]
@@ -114,5 +130,14 @@ fn true_prefixes_bind_and_others_never() {
     context.truncate(0).unwrap();
     context.prefill(&tokens, |_| {}).unwrap();
     assert_eq!(sparse_nodes(&mut context, 0, &question), n_layer, "the true prefix again");
+    // the totals that another plugin or host reads by name
+    let totals = backend::stats();
+    let read = registry_stats();
+    assert_eq!(
+        (read.nodes_sparse, read.rows_sparse, read.bound),
+        (totals.nodes_sparse, totals.rows_sparse, totals.bound)
+    );
+    assert!(read.kept_share > 0.15 && read.kept_share < 0.3, "kept {}", read.kept_share);
+
     println!("{trials} changed prefixes of {n} tokens: none bound");
 }

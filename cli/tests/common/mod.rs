@@ -42,7 +42,7 @@ pub fn build(folder: &Path, text: &str, more: &[&str]) -> PathBuf {
     std::fs::write(&input, text).unwrap();
     let model = model();
     let mut args = vec!["build", "-m", model.to_str().unwrap(), "-f", input.to_str().unwrap()];
-    args.extend(["-o", output.to_str().unwrap(), "-t", "2"]);
+    args.extend(["-o", output.to_str().unwrap()]);
     args.extend(more);
     let run = sqz(&args);
     assert!(run.status.success(), "{}", stderr(&run));
