@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, ensure, Context as _, Result};
-use ggml_squeeze::build::{self, LayerCapture, Settings};
+use ggml_squeeze::build::{self, LayerCapture, Settings, SketchMargin};
 use ggml_squeeze::config::DEFAULT_MIN_PREFIX;
-use ggml_squeeze::index::{self, BuildSettings, IndexMeta, IndexParts, ModelId, Rope};
+use ggml_squeeze::index::{self, BuildSettings, IndexMeta, IndexParts, ModelId, Rope, SketchParts, SKETCH_TOLERANCE};
 
 use crate::capture::{Capture, DenseLayers};
 use crate::fingerprint;
@@ -155,7 +155,7 @@ pub fn make(args: &BuildArgs) -> Result<Report> {
     let mut parts = IndexParts {
         meta: meta(&model, args, &settings, tokens)?,
         layers: Vec::new(),
-        sketch: ggml_squeeze::index::SketchParts { layer: 0, k_dims: vec![], v_dims: vec![], k: vec![], v: vec![] },
+        sketch: SketchParts { layer: 0, k_dims: vec![], v_dims: vec![], k: vec![], v: vec![] },
         probes: Vec::new(),
     };
     let capture = context.capture().context("the context was made with a capture")?;
@@ -192,6 +192,7 @@ fn cluster(capture: &Capture, settings: &Settings, parts: &mut IndexParts) -> Re
             .with_context(|| format!("cannot index layer {number}"))?;
         if parts.layers.is_empty() {
             parts.sketch = build::sketch(&layer).with_context(|| format!("cannot sketch layer {number}"))?;
+            check_margin(&parts.sketch, &parts.meta.tokens)?;
         } else if probe_layers.contains(&number) {
             parts.probes.push(build::probe(&layer, &probe_tokens));
         }
@@ -208,6 +209,24 @@ fn cluster(capture: &Capture, settings: &Settings, parts: &mut IndexParts) -> Re
     parts.meta.dense_layers = dense;
     parts.meta.calibration = build::calibrate(&scores, &build::BUDGETS);
     Ok((seconds, worst))
+}
+
+/// An index is safe only where the sketch tells every two tokens and positions of the prefix apart.
+fn check_margin(sketch: &SketchParts, tokens: &[i32]) -> Result<()> {
+    let SketchMargin { nearest_token, nearest_position } = build::sketch_margin(sketch, tokens);
+    let least = 2.0 * SKETCH_TOLERANCE;
+    ensure!(
+        nearest_token >= least && nearest_position >= least,
+        "layer {} cannot tell all tokens and positions of this text apart (nearest {nearest_token:.3} and \
+         {nearest_position:.3} of a row's norm, {least} is needed), so an index could be used on another text: attention \
+         stays dense for this model and text",
+        sketch.layer
+    );
+    eprintln!(
+        "sketch of layer {}: tokens at least {nearest_token:.3} apart, positions {nearest_position:.3}",
+        sketch.layer
+    );
+    Ok(())
 }
 
 fn meta(model: &Model, args: &BuildArgs, settings: &Settings, tokens: Vec<i32>) -> Result<IndexMeta> {

@@ -5,12 +5,9 @@ use std::sync::Arc;
 
 use half::f16;
 
-use crate::index::Index;
+use crate::index::{Index, SKETCH_TOLERANCE};
 
-/// Largest relative distance between a token's sketch and the row that holds it. Another token or position differs by more
-/// than 0.5 in the layer that the sketch is taken from; rounding stays below 0.02 (both measured, docs/binding.md).
-pub const SKETCH_TOLERANCE: f32 = 0.05;
-/// The same for whole rows of later layers, where batch shapes alone give up to 0.015.
+/// Largest relative distance of whole rows of later layers, where batch shapes alone give up to 0.015.
 pub const PROBE_TOLERANCE: f32 = 0.08;
 /// Start cells tried for a contiguous placement.
 const MAX_STARTS: usize = 32;

@@ -10,7 +10,7 @@ use super::{BuildError, LayerCapture, Settings};
 use crate::index::{ProbeParts, SketchParts};
 
 /// Elements kept of a K row and of a V row: 16 bytes each.
-const DIMS: usize = 8;
+const DIMS: usize = 16;
 /// Pairs of rows that the choice of elements is based on.
 const PAIRS: usize = 2048;
 /// Fewer pairs of the same token than this say too little about positions.
@@ -31,7 +31,7 @@ pub struct SketchMargin {
     pub nearest_position: f32,
 }
 
-/// Chooses 8 elements of the K row and 8 of the V row (all, if a row has fewer) and stores them for every token.
+/// Chooses 16 elements of the K row and 16 of the V row (all, if a row has fewer) and stores them for every token.
 ///
 /// The elements are those that best separate the hardest of many pairs of rows: for V, pairs of different rows; for K,
 /// the same token (an equal V row, which in layer 0 is the same token) at different positions, near ones first.

@@ -50,11 +50,11 @@ fn text() -> Vec<i32> {
 fn tokens_and_positions_are_told_apart() {
     let tokens = text();
     let sketch = sketch(&rotary(&tokens)).unwrap();
-    assert_eq!((sketch.k_dims.len(), sketch.v_dims.len()), (8, 8));
+    assert_eq!((sketch.k_dims.len(), sketch.v_dims.len()), (DIMS, DIMS));
     assert!(sketch.k_dims.windows(2).chain(sketch.v_dims.windows(2)).all(|w| w[0] < w[1]));
     let margin = sketch_margin(&sketch, &tokens);
-    assert!(margin.nearest_token > 0.15, "{margin:?}");
-    assert!(margin.nearest_position > 0.08, "{margin:?}");
+    assert!(margin.nearest_token > 0.3, "{margin:?}");
+    assert!(margin.nearest_position > 0.15, "{margin:?}");
 }
 
 #[test]
@@ -77,9 +77,9 @@ fn stored_elements_are_the_raw_ones() {
     let c = rotary(&text()[..50]);
     let sketch = sketch(&c).unwrap();
     for p in 0..50 {
-        for j in 0..8 {
-            assert_eq!(sketch.k[p * 8 + j], c.k[p * 128 + sketch.k_dims[j] as usize]);
-            assert_eq!(sketch.v[p * 8 + j], c.v[p * 128 + sketch.v_dims[j] as usize]);
+        for j in 0..DIMS {
+            assert_eq!(sketch.k[p * DIMS + j], c.k[p * 128 + sketch.k_dims[j] as usize]);
+            assert_eq!(sketch.v[p * DIMS + j], c.v[p * 128 + sketch.v_dims[j] as usize]);
         }
     }
 }
@@ -88,17 +88,18 @@ fn stored_elements_are_the_raw_ones() {
 fn elements_that_never_change_are_not_chosen() {
     let mut c = capture(200, 1, 1, 1, 3);
     for p in 0..200 {
-        c.k[p * 24..p * 24 + 10].fill(f16::from_f32(30.0));
-        c.v[p * 20..p * 20 + 10].fill(f16::from_f32(30.0));
+        c.k[p * 24..p * 24 + 8].fill(f16::from_f32(30.0));
+        c.v[p * 20..p * 20 + 4].fill(f16::from_f32(30.0));
     }
     let sketch = sketch(&c).unwrap();
-    assert!(sketch.k_dims.iter().chain(&sketch.v_dims).all(|&d| d >= 10), "{sketch:?}");
+    assert!(sketch.k_dims.iter().all(|&d| d >= 8), "{:?}", sketch.k_dims);
+    assert!(sketch.v_dims.iter().all(|&d| d >= 4), "{:?}", sketch.v_dims);
 }
 
 #[test]
 fn narrow_rows_and_single_tokens_work() {
     let mut c = rotary(&[1]);
-    assert_eq!(sketch(&c).unwrap().k.len(), 8);
+    assert_eq!(sketch(&c).unwrap().k.len(), DIMS);
     (c.n_head_kv, c.head_dim_k, c.head_dim_v) = (1, 3, 2);
     c.k.truncate(3);
     c.v.truncate(2);
@@ -116,7 +117,7 @@ fn margins_are_the_smallest_distances() {
     let tokens: Vec<i32> = text()[..400].to_vec();
     let sketch = sketch(&rotary(&tokens)).unwrap();
     let margin = sketch_margin(&sketch, &tokens);
-    let (k, v) = (Table::new(&sketch.k, 8), Table::new(&sketch.v, 8));
+    let (k, v) = (Table::new(&sketch.k, DIMS), Table::new(&sketch.v, DIMS));
     let (mut token, mut position) = (f32::INFINITY, f32::INFINITY);
     for a in 0..400u32 {
         for b in 0..a {
