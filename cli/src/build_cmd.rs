@@ -100,8 +100,8 @@ pub fn run(args: &BuildArgs) -> Result<()> {
     );
     if r.n_prefix < DEFAULT_MIN_PREFIX {
         eprintln!(
-            "note: at {} tokens dense attention is as fast; the plugin uses this index only with GGML_SQUEEZE_MIN_PREFIX={}",
-            r.n_prefix, r.n_prefix
+            "note: below {DEFAULT_MIN_PREFIX} tokens attention stays dense; set GGML_SQUEEZE_MIN_PREFIX={} to use this index",
+            r.n_prefix
         );
     }
     Ok(())
