@@ -113,6 +113,17 @@ fn true_prefixes_bind_and_others_never() {
     assert_eq!(sparse_nodes(&mut slots, 1, &question), 0, "the other slot");
     drop(slots);
 
+    // one batch that replaces the end of a bound prefix and goes on behind it: the cells still hold the old tokens when the
+    // graph is decided on
+    assert_eq!(sparse_nodes(&mut context, 0, &question), n_layer, "bound before the edit");
+    let mut batch: Vec<i32> = [&tokens[n - 50..], &question].concat();
+    batch[3] = question[0];
+    assert_ne!(batch[3], tokens[n - 47]);
+    context.truncate(n - 50).unwrap();
+    assert_eq!(sparse_nodes(&mut context, 0, &batch), 0, "an edit and its question in one batch");
+    context.prefill(&tokens[n - 50..], |_| {}).unwrap();
+    assert_eq!(sparse_nodes(&mut context, 0, &question), n_layer, "bound after the edit is taken back");
+
     // one other token, from the last position to the first: what is before it is still the true prefix
     let trials = if std::env::var_os("SQZ_THOROUGH").is_some() { 200 } else { 20 };
     for i in 0..trials {
