@@ -8,7 +8,7 @@ pub const FORMAT_VERSION: u32 = 1;
 
 /// Largest relative distance (L2, in units of the row's norm, at least a quarter of the usual norm) between a prefix token's
 /// sketch and the cache row that is taken for it. Two tokens or positions of a prefix must be at least twice as far apart.
-pub const SKETCH_TOLERANCE: f32 = 0.05;
+pub const SKETCH_TOLERANCE: f32 = 0.03;
 
 /// Which model the index was made with.
 #[derive(Clone, Debug, PartialEq, Eq)]
