@@ -9,3 +9,4 @@ pub mod build;
 pub mod capi;
 pub mod config;
 pub mod index;
+pub mod random;

@@ -6,6 +6,7 @@
 use rayon::prelude::*;
 
 use super::matmul::dot_rows;
+use crate::random::split_mix;
 
 /// Points per matrix product, and directions per product: 128 x 512 dots of 4 bytes stay in the L2 cache.
 const BLOCK: usize = 128;
@@ -84,14 +85,6 @@ fn sample(n: usize, n_take: usize, seed: u64) -> Vec<usize> {
     }
     all.truncate(n_take);
     all
-}
-
-/// SplitMix64 (Steele, Lea and Flood 2014). Our own, because an index must not change with a crate's version.
-pub(super) fn split_mix(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let z = (*state ^ (*state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 /// Nearest direction of every point, and the cosine with it; of equals the lowest number.

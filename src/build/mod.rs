@@ -21,6 +21,7 @@ pub use error::BuildError;
 pub use sketch::{probe, probe_tokens, sketch, sketch_margin, SketchMargin};
 
 use crate::index::{LayerParts, LayerShape};
+use crate::random::split_mix;
 use summary::{HeadParts, Rows};
 
 /// How to build.
@@ -161,7 +162,7 @@ fn index_layer_here(
         let mut unit: Vec<f32> = (0..n).flat_map(|i| keys.row(i).iter().map(|x| x.to_f32())).collect();
         kmeans::normalise(&mut unit, dk);
         let mut seed = settings.seed ^ (((capture.layer as u64) << 32) | h as u64);
-        let seed = kmeans::split_mix(&mut seed);
+        let seed = split_mix(&mut seed);
         let (label, _) = kmeans::cluster(&unit, dk, n_cluster, settings.iterations, seed, &step);
         summary::summarise(keys, values, &label, n_cluster)
     };

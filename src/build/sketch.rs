@@ -5,9 +5,9 @@ use std::collections::HashMap;
 
 use half::f16;
 
-use super::kmeans::split_mix;
 use super::{BuildError, LayerCapture, Settings};
 use crate::index::{ProbeParts, SketchParts};
+use crate::random::split_mix;
 
 /// Elements kept of a K row and of a V row: 16 bytes each.
 const DIMS: usize = 16;

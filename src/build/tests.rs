@@ -6,7 +6,7 @@ use super::*;
 
 pub(super) fn gaussian(n: usize, seed: u64) -> Vec<f32> {
     let mut state = seed;
-    let mut uniform = || (kmeans::split_mix(&mut state) >> 40) as f32 / (1u64 << 24) as f32;
+    let mut uniform = || (crate::random::split_mix(&mut state) >> 40) as f32 / (1u64 << 24) as f32;
     (0..n).map(|_| (0..12).map(|_| uniform()).sum::<f32>() - 6.0).collect()
 }
 
