@@ -14,7 +14,9 @@ pub struct Scores {
     pub y: Vec<Vec<f64>>,
     /// `[C]` p_i: probability per key, from `y`, mean over the group.
     pub p: Vec<f64>,
-    /// Mass of the sinks under the same softmax, mean over the group.
+    /// `[C]` estimated mass per key, from `x`, mean over the group.
+    pub mass: Vec<f64>,
+    /// Mass of the sinks beside `mass`, mean over the group.
     pub sink_share: f64,
 }
 
@@ -74,7 +76,7 @@ pub fn scores(call: &Call, row: usize, head_kv: usize) -> Scores {
     let (stream, query) = (row / p.q.ne[1], row % p.q.ne[1]);
     let s = p.logit_scale() as f64;
     let offsets = view.head_offsets(head_kv);
-    let mut out = Scores { x: Vec::new(), y: Vec::new(), p: vec![0.0; c], sink_share: 0.0 };
+    let mut out = Scores { x: Vec::new(), y: Vec::new(), p: vec![0.0; c], mass: vec![0.0; c], sink_share: 0.0 };
     for head in head_kv * group..(head_kv + 1) * group {
         let q: Vec<f64> = (0..dk).map(|d| read_f32(&p.q, [d, query, head, stream])).collect();
         let norm = q.iter().map(|q| q * q).sum::<f64>().sqrt();
@@ -95,25 +97,33 @@ pub fn scores(call: &Call, row: usize, head_kv: usize) -> Scores {
         let n_sink = binding.index.meta().n_sink as usize;
         let sinks: Vec<f64> =
             binding.always[..n_sink].iter().map(|cell| finite(s * dot_key(p, row, head, *cell as usize))).collect();
-        let max = y.iter().chain(&sinks).fold(f64::NEG_INFINITY, |m, s| m.max(*s));
-        if max > f64::NEG_INFINITY {
-            let sink_sum: f64 = sinks.iter().map(|s| (s - max).exp()).sum();
-            let cluster_sum: f64 = (0..c).map(|i| (offsets[i + 1] - offsets[i]) as f64 * (y[i] - max).exp()).sum();
-            let total = (sink_sum + cluster_sum) * group as f64;
-            (0..c).for_each(|i| out.p[i] += (y[i] - max).exp() / total);
-            out.sink_share += sink_sum / total;
-        }
+        softmax(&y, &sinks, &offsets, &mut out.p, group);
+        out.sink_share += softmax(&x, &sinks, &offsets, &mut out.mass, group);
         out.x.push(x);
         out.y.push(y);
     }
     out
 }
 
+/// Adds the probability per key of each cluster, over `group`, to `per_key`; returns that of all sinks, over `group`.
+fn softmax(scores: &[f64], sinks: &[f64], offsets: &[u32], per_key: &mut [f64], group: usize) -> f64 {
+    let max = scores.iter().chain(sinks).fold(f64::NEG_INFINITY, |m, s| m.max(*s));
+    if max == f64::NEG_INFINITY {
+        return 0.0;
+    }
+    let sink_sum: f64 = sinks.iter().map(|s| (s - max).exp()).sum();
+    let cluster_sum: f64 =
+        scores.iter().zip(offsets.windows(2)).map(|(s, o)| (o[1] - o[0]) as f64 * (s - max).exp()).sum();
+    let total = (sink_sum + cluster_sum) * group as f64;
+    per_key.iter_mut().zip(scores).for_each(|(p, s)| *p += (s - max).exp() / total);
+    sink_sum / total
+}
+
 /// Clusters kept for one sparse row and KV head, ascending. Best first means: higher p, then lower number.
 pub fn selection(call: &Call, row: usize, head_kv: usize) -> Vec<u32> {
     let (binding, view) = bound(call, row);
     let meta = binding.index.meta();
-    let Scores { p, sink_share, .. } = scores(call, row, head_kv);
+    let Scores { p, mass: estimate, sink_share, .. } = scores(call, row, head_kv);
     let offsets = view.head_offsets(head_kv);
     let size = |i: u32| (offsets[i as usize + 1] - offsets[i as usize]) as usize;
     let mut order: Vec<u32> = (0..p.len() as u32).collect();
@@ -132,7 +142,8 @@ pub fn selection(call: &Call, row: usize, head_kv: usize) -> Vec<u32> {
         }
         Mode::Mass(share) => {
             let mut mass = sink_share;
-            let more = |i: &u32| (mass < share as f64 || share >= 1.0, mass += size(*i) as f64 * p[*i as usize]).0;
+            let more =
+                |i: &u32| (mass < share as f64 || share >= 1.0, mass += size(*i) as f64 * estimate[*i as usize]).0;
             order.iter().copied().take_while(more).collect()
         }
     };

@@ -1,6 +1,7 @@
 //! One description of an attention call, whatever the device: shapes, strides, mask, which rows are sparse and how
 //! clusters are selected. Knows nothing of ggml.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::index::Index;
@@ -11,7 +12,7 @@ pub struct Array {
     pub data: *mut u8,
     /// Elements per dimension.
     pub ne: [usize; 4],
-    /// Bytes per step of a dimension.
+    /// Bytes per step of a dimension; of a block in dimension 0 of a quantised type.
     pub nb: [usize; 4],
 }
 
@@ -20,15 +21,71 @@ unsafe impl Send for Array {}
 // SAFETY: as above.
 unsafe impl Sync for Array {}
 
+/// Element type of K or V, in ggml's layouts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(non_camel_case_types)]
+pub enum Element {
+    F32,
+    F16,
+    BF16,
+    /// Blocks of 32: an F16 scale `d`, then 32 signed bytes `q`; the value is `d q`.
+    Q8_0,
+    /// Blocks of 32: an F16 scale `d`, then 16 bytes; low halves are elements 0 to 15, high halves 16 to 31; `d (q - 8)`.
+    Q4_0,
+}
+
+impl Element {
+    /// Elements per block; 1 for plain numbers.
+    pub const fn block(self) -> usize {
+        match self {
+            Element::F32 | Element::F16 | Element::BF16 => 1,
+            Element::Q8_0 | Element::Q4_0 => 32,
+        }
+    }
+    /// Bytes per block.
+    pub const fn block_bytes(self) -> usize {
+        match self {
+            Element::F32 => 4,
+            Element::F16 | Element::BF16 => 2,
+            Element::Q8_0 => 34,
+            Element::Q4_0 => 18,
+        }
+    }
+    /// Bytes of a row of `n` elements (a multiple of the block).
+    pub const fn row_bytes(self, n: usize) -> usize {
+        n / self.block() * self.block_bytes()
+    }
+    /// ggml's name of the type.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Element::F32 => "f32",
+            Element::F16 => "f16",
+            Element::BF16 => "bf16",
+            Element::Q8_0 => "q8_0",
+            Element::Q4_0 => "q4_0",
+        }
+    }
+}
+
+/// Basis of a cache: llama.cpp multiplies each block of this many elements of K (and Q) or of V by the orthonormal Hadamard
+/// matrix (Sylvester's order, its own inverse) where the cache is quantised. 0: the plain basis, that of the index.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rotation {
+    pub k: usize,
+    pub v: usize,
+}
+
 /// One flash-attention call: `dst = softmax(softcap(scale * q k^T) + mask) v`.
 #[derive(Clone, Copy, Debug)]
 pub struct Problem {
     /// F32 `[head_dim_k, n_query, n_head, n_stream]`.
     pub q: Array,
-    /// F16 `[head_dim_k, n_kv, n_head_kv, n_stream]`.
+    /// `k_type` `[head_dim_k, n_kv, n_head_kv, n_stream]`.
     pub k: Array,
-    /// F16 `[head_dim_v, n_kv, n_head_kv, n_stream]`.
+    /// `v_type` `[head_dim_v, n_kv, n_head_kv, n_stream]`.
     pub v: Array,
+    pub k_type: Element,
+    pub v_type: Element,
     /// F16 `[n_kv, >= n_query, 1 or n_head, 1 or n_stream]`, added to the scaled scores; broadcast over dims 2 and 3
     /// by index modulo its extent.
     pub mask: Option<Array>,
@@ -111,6 +168,27 @@ pub struct Call {
     pub rows: Arc<[Row]>,
     pub bindings: Arc<[Binding]>,
     pub selection: Selection,
+    /// Basis of K, Q and V, that of the output being V's. Means something to sparse rows only.
+    pub rotation: Rotation,
+    /// Consecutive sparse rows of one stream and binding that share a selection, at most; 1 at decode.
+    pub tile: usize,
+}
+
+impl Call {
+    /// Rows that share a selection: runs of at most `tile` consecutive sparse rows of one stream and one binding.
+    pub fn tiles(&self) -> Vec<Range<usize>> {
+        let n_query = self.problem.q.ne[1].max(1);
+        let mut tiles: Vec<Range<usize>> = Vec::new();
+        for (row, kind) in self.rows.iter().enumerate().filter(|(_, kind)| **kind != Row::Dense) {
+            match tiles.last_mut() {
+                Some(t) if t.end == row && t.len() < self.tile && row % n_query != 0 && self.rows[t.start] == *kind => {
+                    t.end += 1;
+                }
+                _ => tiles.push(row..row + 1),
+            }
+        }
+        tiles
+    }
 }
 
 impl Problem {

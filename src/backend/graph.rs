@@ -13,7 +13,7 @@ use super::runtime::{count, Snapshot};
 use super::stats::Reason;
 use super::tensor::{problem, Half, Tensor};
 use crate::attention::cpu::Plan;
-use crate::attention::{Array, Binding, Call, Problem, Row};
+use crate::attention::{Array, Binding, Call, Problem, Rotation, Row};
 
 /// What a custom node does.
 enum Work {
@@ -288,7 +288,9 @@ impl Instance {
             return Err(Reason::Layer);
         }
         let selection = snapshot.indexes[number].selection;
-        let call = Call { problem, layer, rows: rows.clone(), bindings: bindings.clone(), selection };
+        let (rows_of_call, rotation) = (rows.clone(), Rotation::default());
+        let call =
+            Call { problem, layer, rows: rows_of_call, bindings: bindings.clone(), selection, rotation, tile: 1 };
         let plan = Plan::new(call, self.n_threads).map_err(|_| Reason::Kernel)?;
         rewrite.push_plan(node.raw(), plan, false);
         count(|s| {

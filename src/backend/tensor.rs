@@ -6,7 +6,7 @@ use ggml_sys as sys;
 
 use super::binding::CacheRows;
 use super::stats::Reason;
-use crate::attention::{Array, Problem};
+use crate::attention::{Array, Element, Problem};
 
 /// A tensor of the graph being computed.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -175,6 +175,8 @@ pub fn problem(node: Tensor) -> Result<Problem, Reason> {
         q: q.array(),
         k: k.array(),
         v: v.array(),
+        k_type: Element::F16,
+        v_type: Element::F16,
         mask: mask.map(|m| m.array()),
         sinks: sinks.map(|s| s.raw().data.cast::<f32>() as *const f32),
         dst: node.array(),

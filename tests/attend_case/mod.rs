@@ -290,6 +290,8 @@ impl Case {
             q: array(q.as_mut_ptr().cast(), [dk, n_query, n_head, n_stream], q_nb),
             k: array(k.as_mut_ptr().cast(), [dk, n_kv, n_head_kv, n_stream], k_nb),
             v: array(v.as_mut_ptr().cast(), [dv, n_kv, n_head_kv, n_stream], v_nb),
+            k_type: Element::F16,
+            v_type: Element::F16,
             mask: spec.mask.then(|| {
                 let nb = packed(n_kv, n_query, mask_heads, 2);
                 array(mask.as_mut_ptr().cast(), [n_kv, n_query, mask_heads, n_stream], nb)
@@ -301,7 +303,15 @@ impl Case {
             softcap: spec.softcap,
         };
         let selection = spec.selection;
-        let call = Call { problem, layer: LAYER, rows: rows.into(), bindings: bindings.into(), selection };
+        let call = Call {
+            problem,
+            layer: LAYER,
+            rows: rows.into(),
+            bindings: bindings.into(),
+            selection,
+            rotation: Rotation::default(),
+            tile: 1,
+        };
         Case { call, q, k, v, mask, sinks, dst }
     }
 

@@ -118,16 +118,23 @@ impl Lookup<'_> {
         let (c, group, path) = (self.n_cluster(), self.pair.problem().n_group(), self.pair.path);
         let offsets = self.view.head_offsets(self.pair.head_kv);
         // SAFETY: the caller grants the whole space; these are its distinct parts.
-        let (count, mean, key, kept, cum, n_kept) = unsafe {
+        let (count, mean, mass, key, kept, cum, n_kept) = unsafe {
             let s = self.space;
-            (s.count(c), s.mean(c), s.key(c), s.kept(c), s.cum(c + 1), s.n_kept(1))
+            (s.count(c), s.mean(c), s.mass(c), s.key(c), s.kept(c), s.cum(c + 1), s.n_kept(1))
         };
         count.iter_mut().zip(offsets.windows(2)).for_each(|(n, o)| *n = (o[1] - o[0]) as f32);
         mean.fill(0.0);
+        mass.fill(0.0);
+        let by_mass = matches!(self.pair.call.selection.mode, Mode::Mass(_));
         let mut sink_share = 0.0;
         for g in 0..group {
             // SAFETY: as above.
             let (y, sink) = unsafe { (self.space.y(g, 0, c), self.space.sink(g, self.n_sink())) };
+            if by_mass {
+                // SAFETY: as above.
+                let x = unsafe { self.space.x(g, 0, c) };
+                sink_share += self.add_mass(x, sink, count, mass);
+            }
             let top = max(path, y).max(max(path, sink));
             if top == f32::NEG_INFINITY {
                 continue;
@@ -136,9 +143,8 @@ impl Lookup<'_> {
             let sinks = exp_sum(path, sink, top);
             let total = (sinks + weighted_sum(path, y, count)) * group as f32;
             add_scaled(path, mean, y, 1.0 / total);
-            sink_share += (sinks / total) as f64;
         }
-        let last = self.last_kept(mean, count, key, sink_share);
+        let last = self.last_kept(mean, count, mass, key, sink_share);
         let (mut n, mut keys) = (0, 0);
         for (i, p) in mean.iter().enumerate() {
             if last.is_some_and(|last| rank(*p, i as u32) <= last) {
@@ -153,8 +159,23 @@ impl Lookup<'_> {
         keys
     }
 
+    /// Adds one head's estimate of each cluster's mass per key, by the plain logits, to `mass`; returns that of the sinks.
+    fn add_mass(&self, x: &[f32], sink: &[f32], count: &[f32], mass: &mut [f32]) -> f64 {
+        let path = self.pair.path;
+        let top = max(path, x).max(max(path, sink));
+        if top == f32::NEG_INFINITY {
+            return 0.0;
+        }
+        let exp = |s: &f32| (s - top).exp();
+        let sinks: f32 = sink.iter().map(exp).sum();
+        let clusters: f32 = x.iter().zip(count).map(|(x, n)| n * exp(x)).sum();
+        let total = (sinks + clusters) * self.pair.problem().n_group() as f32;
+        mass.iter_mut().zip(x).for_each(|(m, x)| *m += exp(x) / total);
+        (sinks / total) as f64
+    }
+
     /// Rank of the last cluster to keep; none if the sinks alone suffice.
-    fn last_kept(&self, mean: &[f32], count: &[f32], key: &mut [u64], sink_share: f64) -> Option<u64> {
+    fn last_kept(&self, mean: &[f32], count: &[f32], mass: &[f32], key: &mut [u64], sink_share: f64) -> Option<u64> {
         let meta = self.binding.index.meta();
         let mut until_share = |share: f32| {
             if share >= 1.0 {
@@ -173,8 +194,8 @@ impl Lookup<'_> {
             Mode::Mass(share) if share >= 1.0 => Some(u64::MAX),
             Mode::Mass(share) => {
                 order(mean, key);
-                let mass = |i: u32| (count[i as usize] * mean[i as usize]) as f64;
-                last_until(key, mass, share as f64 - sink_share)
+                let of_cluster = |i: u32| (count[i as usize] * mass[i as usize]) as f64;
+                last_until(key, of_cluster, share as f64 - sink_share)
             }
         }
     }

@@ -91,6 +91,7 @@ pub(super) struct SpaceLayout {
     sink: usize,
     count: usize,
     mean: usize,
+    mass: usize,
     key: usize,
     kept: usize,
     cum: usize,
@@ -109,6 +110,7 @@ impl SpaceLayout {
             sink: c.area::<f32>(group * n_sink),
             count: c.area::<f32>(n_cluster),
             mean: c.area::<f32>(n_cluster),
+            mass: c.area::<f32>(n_cluster),
             key: c.area::<u64>(n_cluster),
             kept: c.area::<u32>(n_cluster),
             cum: c.area::<u32>(n_cluster + 1),
@@ -179,6 +181,7 @@ impl<'a> Space<'a> {
     }
     part!(/** Keys per cluster. */ count: f32);
     part!(/** Mean probability per key over the group. */ mean: f32);
+    part!(/** Mean estimated mass per key over the group, in mass mode. */ mass: f32);
     part!(/** Order of the clusters. */ key: u64);
     part!(/** Kept clusters, ascending. */ kept: u32);
     part!(/** Keys in the kept clusters before each. */ cum: u32);

@@ -11,7 +11,7 @@ use super::check::check;
 use super::lookup::Lookup;
 use super::memory::{Carver, Pair, ScratchLayout, Space, SpaceLayout, Workspace};
 use super::{Kept, Path, Unsupported};
-use crate::attention::{Call, Mode, Problem, Row, Selection, Spread};
+use crate::attention::{Call, Mode, Problem, Rotation, Row, Selection, Spread};
 
 /// Pairs per thread from which a task is a whole pair.
 const FUSED_PAIRS: usize = 4;
@@ -76,7 +76,8 @@ impl Plan {
     pub fn forced(problem: Problem, n_threads: usize) -> Result<Plan, Unsupported> {
         let selection = Selection { mode: Mode::Budget(1.0), spread: Spread::None, alpha: 0.0, estimate: false };
         let rows = vec![Row::Dense; problem.n_row()].into();
-        Plan::new(Call { problem, layer: 0, rows, bindings: Vec::new().into(), selection }, n_threads)
+        let (bindings, rotation) = (Vec::new().into(), Rotation::default());
+        Plan::new(Call { problem, layer: 0, rows, bindings, selection, rotation, tile: 1 }, n_threads)
     }
 
     /// As `new`, with the code path or the schedule given.
