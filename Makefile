@@ -18,6 +18,7 @@ test: setup lint
 	scripts/llama.sh
 	scripts/bindings.sh --check
 	scripts/models.sh "$${SQZ_MODELS:-$(TARGET)/models}" smollm2
+	scripts/models.sh "$${SQZ_MODELS:-$(TARGET)/models}" gemma
 	$(MAKE) plugin
 	cargo test --release --workspace
 	scripts/conformance.sh

@@ -2,9 +2,13 @@
 
 mod common;
 
+use std::ffi::{CStr, CString};
 use std::path::Path;
+use std::ptr::null_mut;
 
-use common::{build, completion, model, plugin, sqz, stderr, text};
+use llama_cpp_sys_2 as sys;
+
+use common::{build, build_with, completion, model, model_file, plugin, sqz, stderr, text};
 
 /// Runs `sqz build` that must fail, and returns what it says.
 fn refused(folder: &Path, text: &str, output: &str, more: &[&str]) -> String {
@@ -81,6 +85,23 @@ fn a_host_with_a_bad_index_lives_and_stays_dense() {
     said.dedup();
     assert_eq!(said.len(), cases.len(), "two cases share a message: {said:#?}");
 
+    // an index of another model: one of another shape, and one that differs in a later layer alone
+    let gemma = build_with(&model_file("gemma3-270m.gguf"), &folder.path().join("gemma"), &text(900), &[]);
+    let tuned = folder.path().join("tuned.gguf");
+    scale_tensor(&model(), &tuned, c"blk.11.attn_norm.weight");
+    let tuned = build_with(&tuned, &folder.path().join("tuned-index"), &text(900), &[]);
+    for (path, why) in [(gemma, "elements"), (tuned, "other keys in later layers")] {
+        let path = path.to_str().unwrap();
+        let log = [("GGML_SQUEEZE_LOG", "1"), ("GGML_SQUEEZE_MIN_PREFIX", "0")];
+        let run = completion(&prompt, &[("GGML_BACKEND_PATH", &*plugin), ("GGML_SQUEEZE_INDEX", path), log[0], log[1]]);
+        let err = stderr(&run);
+        assert!(run.status.success(), "{err}");
+        assert_eq!(run.stdout, dense.stdout, "{why}: another answer than without the plugin");
+        let said: Vec<&str> = err.lines().filter(|l| l.contains("another model")).collect();
+        assert!(said.len() == 1 && said[0].contains(path) && said[0].contains(why), "{err}");
+        assert!(err.lines().any(|l| l.contains("sparse 0 nodes")), "{err}");
+    }
+
     // the same plugin with the good index is used, in the same unmodified program
     let path = good.to_str().unwrap();
     let log = [("GGML_SQUEEZE_LOG", "1"), ("GGML_SQUEEZE_MIN_PREFIX", "0")];
@@ -89,4 +110,25 @@ fn a_host_with_a_bad_index_lives_and_stays_dense() {
     let err = stderr(&run);
     assert!(run.status.success() && err.contains("is bound"), "{err}");
     assert!(err.lines().any(|l| l.contains("totals:") && !l.contains("sparse 0 nodes")), "{err}");
+}
+
+/// Copies a model with the elements of an F32 tensor changed, as fine-tuning would change them, by up to a half.
+fn scale_tensor(from: &Path, to: &Path, name: &CStr) {
+    let mut bytes = std::fs::read(from).unwrap();
+    let path = CString::new(from.to_str().unwrap()).unwrap();
+    // SAFETY: a file that the library reads and describes; freed once.
+    let (at, size) = unsafe {
+        let gguf = sys::gguf_init_from_file(path.as_ptr(), sys::gguf_init_params { no_alloc: true, ctx: null_mut() });
+        let tensor = sys::gguf_find_tensor(gguf, name.as_ptr());
+        assert!(tensor >= 0 && sys::gguf_get_tensor_type(gguf, tensor) == sys::GGML_TYPE_F32);
+        let at = sys::gguf_get_data_offset(gguf) + sys::gguf_get_tensor_offset(gguf, tensor);
+        let size = sys::gguf_get_tensor_size(gguf, tensor);
+        sys::gguf_free(gguf);
+        (at, size)
+    };
+    for (i, x) in bytes[at..at + size].chunks_exact_mut(4).enumerate() {
+        let value = f32::from_le_bytes(x.try_into().unwrap());
+        x.copy_from_slice(&(value * (1.0 + 0.5 * (i as f32).sin())).to_le_bytes());
+    }
+    std::fs::write(to, bytes).unwrap();
 }

@@ -54,6 +54,8 @@ pub struct Caches {
     deepest_seen: u32,
     pub bound: Vec<Bound>,
     generation: u64,
+    /// Indexes of which it was said already that they do not belong to this model.
+    told: Vec<usize>,
 }
 
 fn guard_layer(matcher: &Matcher) -> u32 {
@@ -75,6 +77,7 @@ impl Caches {
         }
         if self.generation != snapshot.generation {
             self.bound.clear();
+            self.told.clear();
             self.generation = snapshot.generation;
         }
     }
@@ -112,6 +115,27 @@ impl Caches {
             }
         }
         self.bound = kept;
+        for (number, loaded) in snapshot.indexes.iter().enumerate() {
+            let Some(rows) = self.rows(loaded.matcher.index.sketch().layer, 0) else { continue };
+            if !loaded.matcher.fits(&rows) {
+                let shape = format!("the rows of its cache have {} and {} elements", rows.k_len, rows.v_len);
+                self.tell(snapshot, number, &shape);
+            }
+        }
+    }
+
+    /// Says once that an index is of another model than this context's.
+    fn tell(&mut self, snapshot: &Snapshot, index_number: usize, why: &str) {
+        if self.told.contains(&index_number) {
+            return;
+        }
+        self.told.push(index_number);
+        let model = &snapshot.indexes[index_number].matcher.index.meta().model.name;
+        let index = name(snapshot, index_number);
+        log(format_args!(
+            "{index} was built with another model ({model}) than this one ({why}): attention stays dense with this model; \
+             build an index with it"
+        ));
     }
 
     fn still_holds(&self, bound: &mut Bound, snapshot: &Snapshot) -> bool {
@@ -153,6 +177,7 @@ impl Caches {
                 .collect();
             let Some(cells) = matcher.find(&rows, visible, &|cell| !written.contains(&cell)) else { continue };
             if !matcher.probes_agree(&cells, &|layer| self.rows(layer, stream)) {
+                self.tell(snapshot, index_number, "the same tokens have other keys in later layers");
                 continue;
             }
             let Some(deep) = self.rows(guard_layer(matcher), stream) else { continue };

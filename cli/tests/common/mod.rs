@@ -16,8 +16,13 @@ fn target() -> PathBuf {
 
 /// SmolLM2-135M, as scripts/models.sh puts it.
 pub fn model() -> PathBuf {
+    model_file("smollm2-135m.gguf")
+}
+
+/// A model that scripts/models.sh fetches.
+pub fn model_file(name: &str) -> PathBuf {
     let folder = std::env::var_os("SQZ_MODELS").map_or_else(|| target().join("models"), PathBuf::from);
-    let path = folder.join("smollm2-135m.gguf");
+    let path = folder.join(name);
     assert!(path.is_file(), "{} is missing: run scripts/models.sh (make test does)", path.display());
     path
 }
@@ -38,9 +43,14 @@ pub fn stderr(output: &Output) -> String {
 
 /// Builds an index of `text` in `folder`.
 pub fn build(folder: &Path, text: &str, more: &[&str]) -> PathBuf {
+    build_with(&model(), folder, text, more)
+}
+
+/// As `build`, with another model.
+pub fn build_with(model: &Path, folder: &Path, text: &str, more: &[&str]) -> PathBuf {
+    std::fs::create_dir_all(folder).unwrap();
     let (input, output) = (folder.join("prefix.txt"), folder.join("prefix.sqz.gguf"));
     std::fs::write(&input, text).unwrap();
-    let model = model();
     let mut args = vec!["build", "-m", model.to_str().unwrap(), "-f", input.to_str().unwrap()];
     args.extend(["-o", output.to_str().unwrap()]);
     args.extend(more);
