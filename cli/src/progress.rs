@@ -1,9 +1,10 @@
 //! Progress on stderr: a bar with the time left on a terminal, else one plain line per step.
 
+use std::fmt::Write;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressState, ProgressStyle};
 
 /// Parts of a step that a bar can show.
 const FINE: u64 = 1000;
@@ -19,8 +20,13 @@ pub struct Phase {
 impl Phase {
     pub fn new(name: &'static str, total: usize) -> Phase {
         let bar = std::io::stderr().is_terminal().then(|| {
-            let style = ProgressStyle::with_template("{prefix:>8} {msg} [{bar:36}] {elapsed} left {eta}")
-                .expect("the template is a constant");
+            let style = ProgressStyle::with_template("{prefix:>8} {msg} [{bar:36}] {elapsed} left {left}")
+                .expect("the template is a constant")
+                .with_key("left", |state: &ProgressState, out: &mut dyn Write| {
+                    // Before the first step is done there is nothing to estimate from.
+                    let left = HumanDuration(state.eta());
+                    let _ = if state.pos() == 0 { out.write_char('?') } else { write!(out, "{left:#}") };
+                });
             let bar = ProgressBar::new(total as u64 * FINE).with_style(style.progress_chars("=> ")).with_prefix(name);
             bar.enable_steady_tick(Duration::from_millis(200));
             bar
