@@ -6,6 +6,7 @@ use half::f16;
 use super::kernels::{accumulate, cap, dots, exp_sum, max, Source, BLOCK};
 use super::lookup::Lookup;
 use super::memory::{Pair, Rows, Scratch};
+use crate::attention::hadamard;
 
 /// Softmax state of the heads of a group.
 pub(super) struct State<'a> {
@@ -254,7 +255,7 @@ unsafe fn sweep(
         cursor.fill(&mut next);
         let tile = block.pad();
         // SAFETY: the rows are in the cache.
-        unsafe { dots(pair.path, Source::F16, q, p.q.ne[0], &block.keys[..tile], &next.keys[..next.n], s) };
+        unsafe { dots(pair.path, p.k_type.into(), q, p.q.ne[0], &block.keys[..tile], &next.keys[..next.n], s) };
         for (h, s) in s.chunks_exact_mut(BLOCK).take(state.m.len()).enumerate() {
             if p.softcap != 0.0 {
                 cap(pair.path, &mut s[..block.n], p.softcap);
@@ -265,7 +266,7 @@ unsafe fn sweep(
             }
         }
         // SAFETY: as above.
-        unsafe { absorb(pair, s, block.n, &block.values[..tile], &next.values[..next.n], state) };
+        unsafe { absorb(pair, p.v_type.into(), s, block.n, &block.values[..tile], &next.values[..next.n], state) };
         std::mem::swap(&mut block, &mut next);
     }
 }
@@ -276,6 +277,7 @@ unsafe fn sweep(
 /// As for `accumulate`.
 unsafe fn absorb(
     pair: &Pair<'_>,
+    source: Source,
     s: &mut [f32],
     n: usize,
     values: &[*const u8],
@@ -291,10 +293,10 @@ unsafe fn absorb(
         state.l[h] += exp_sum(pair.path, s, reference);
     }
     // SAFETY: the caller's contract.
-    unsafe { accumulate(pair.path, s, state.acc.len() / heads, values, next, state.acc) };
+    unsafe { accumulate(pair.path, source, s, state.acc.len() / heads, values, next, state.acc) };
 }
 
-/// Adds the estimate of the dropped clusters: `n_i exp(x_i)` with the mean value.
+/// Adds the estimate of the dropped clusters, `n_i exp(x_i)` with the mean value, to an empty state.
 ///
 /// # Safety
 /// Scores and selection are complete, and nobody else writes them meanwhile.
@@ -316,6 +318,8 @@ pub(super) unsafe fn estimate(lookup: &Lookup<'_>, kept: &[u32], scratch: &mut S
             block.n += 1;
         }
         if block.n == 0 {
+            // Mean values are in the plain basis; their sum is rotated once, in the place of each.
+            state.acc.chunks_exact_mut(dv).for_each(|acc| hadamard::rotate(acc, lookup.pair.call.rotation.v));
             return;
         }
         let tile = block.pad();
@@ -335,6 +339,6 @@ pub(super) unsafe fn estimate(lookup: &Lookup<'_>, kept: &[u32], scratch: &mut S
             }
         }
         // SAFETY: the rows are mean values of the index.
-        unsafe { absorb(&lookup.pair, scratch.s, block.n, &block.values[..tile], &[], state) };
+        unsafe { absorb(&lookup.pair, Source::F16, scratch.s, block.n, &block.values[..tile], &[], state) };
     }
 }
