@@ -77,7 +77,9 @@ fn stream_of(p: &Problem, a: &Array, stream: usize) -> usize {
 fn dot_key(p: &Problem, row: usize, head: usize, cell: usize) -> f64 {
     let (stream, query) = (row / p.q.ne[1], row % p.q.ne[1]);
     let (head_kv, from) = (head / p.n_group(), stream_of(p, &p.k, stream));
-    (0..p.q.ne[0]).map(|d| read_f32(&p.q, [d, query, head, stream]) * read(&p.k, p.k_type, [d, cell, head_kv, from])).sum()
+    (0..p.q.ne[0])
+        .map(|d| read_f32(&p.q, [d, query, head, stream]) * read(&p.k, p.k_type, [d, cell, head_kv, from]))
+        .sum()
 }
 
 /// Additive mask of a cell; 0 without a mask.
@@ -215,7 +217,8 @@ fn attend(call: &Call, row: usize, head: usize, kept: Option<&[u32]>) -> Vec<f64
     let p = &call.problem;
     let (head_kv, from) = (head / p.n_group(), stream_of(p, &p.v, row / p.q.ne[1]));
     let dv = p.v.ne[0];
-    let cell_value = |cell: usize| -> Vec<f64> { (0..dv).map(|d| read(&p.v, p.v_type, [d, cell, head_kv, from])).collect() };
+    let cell_value =
+        |cell: usize| -> Vec<f64> { (0..dv).map(|d| read(&p.v, p.v_type, [d, cell, head_kv, from])).collect() };
     let mut cells: Vec<usize> = Vec::new();
     let mut terms: Vec<(f64, f64, Vec<f64>)> = Vec::new();
     match kept {

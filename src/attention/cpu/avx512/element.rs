@@ -119,7 +119,8 @@ impl Element for Q4_0 {
     unsafe fn load(chunk: *const u8) -> [__m512; 2] {
         // SAFETY: the block is there by contract.
         unsafe {
-            let values = _mm512_setr_ps(-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0);
+            let values =
+                _mm512_setr_ps(-8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0);
             let values = _mm512_mul_ps(block_scale(chunk), values);
             // The permutation looks at the lowest four bits of each lane alone: no mask, no conversion.
             let wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(chunk.add(2).cast()));

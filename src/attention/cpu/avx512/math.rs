@@ -102,9 +102,8 @@ pub(in super::super) unsafe fn weighted_sum(a: &[f32], b: &[f32]) -> f32 {
     let mut sum = _mm512_setzero_ps();
     each16!(a.len().min(b.len()), |i, mask| {
         // SAFETY: the mask keeps both loads inside the slices.
-        let (a, b) = unsafe {
-            (_mm512_maskz_loadu_ps(mask, a.as_ptr().add(i)), _mm512_maskz_loadu_ps(mask, b.as_ptr().add(i)))
-        };
+        let (a, b) =
+            unsafe { (_mm512_maskz_loadu_ps(mask, a.as_ptr().add(i)), _mm512_maskz_loadu_ps(mask, b.as_ptr().add(i))) };
         sum = _mm512_fmadd_ps(a, b, sum);
     });
     _mm512_reduce_add_ps(sum)
