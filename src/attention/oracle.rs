@@ -134,8 +134,8 @@ pub fn scores(call: &Call, row: usize, head_kv: usize) -> Scores {
         let n_sink = binding.index.meta().n_sink as usize;
         let sinks: Vec<f64> =
             binding.always[..n_sink].iter().map(|cell| finite(s * dot_key(p, row, head, *cell as usize))).collect();
-        softmax(&y, &sinks, &offsets, &mut out.p, group);
-        out.sink_share += softmax(&x, &sinks, &offsets, &mut out.mass, group);
+        softmax(&y, &sinks, offsets, &mut out.p, group);
+        out.sink_share += softmax(&x, &sinks, offsets, &mut out.mass, group);
         out.x.push(x);
         out.y.push(y);
     }

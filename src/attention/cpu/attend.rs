@@ -3,10 +3,11 @@
 
 use half::f16;
 
-use super::kernels::{accumulate, cap, dots, exp_sum, max, Source, BLOCK};
+use super::kernels::{accumulate, cap, dots, exp_sum, max, prefetch, Source, BLOCK};
 use super::lookup::Lookup;
 use super::memory::{Pair, Rows, Scratch};
 use crate::attention::hadamard;
+use crate::index::Members;
 
 /// Softmax state of the heads of a group.
 pub(super) struct State<'a> {
@@ -136,6 +137,8 @@ struct Cursor<'a, 'c> {
     n_kv: usize,
     at: usize,
     end: usize,
+    /// Of the KV head; none without a list.
+    members: Members<'a>,
     /// Index in the kept clusters of the one that holds `at`, or an earlier one.
     cluster: usize,
 }
@@ -176,21 +179,42 @@ impl Cursor<'_, '_> {
                 }
                 Cells::Listed { lookup, kept, cum } => {
                     let j = (self.at - lookup.binding.always.len()) as u32;
-                    while cum[self.cluster + 1] <= j {
+                    if cum[self.cluster + 1] <= j {
                         self.cluster += 1;
+                        self.fetch_ahead(lookup, &kept[self.cluster..]);
+                        continue;
                     }
-                    let head_kv = lookup.pair.head_kv;
-                    let first = lookup.view.head_offsets(head_kv)[kept[self.cluster] as usize];
+                    let first = lookup.view.head_offsets(lookup.pair.head_kv)[kept[self.cluster] as usize];
                     let slot = (first + j - cum[self.cluster]) as usize;
                     let n = (cum[self.cluster + 1] - j) as usize;
                     let n = n.min(BLOCK - block.n).min(self.end - self.at);
                     for slot in slot..slot + n {
                         // Members are known to be visible.
-                        let token = lookup.view.member(head_kv, slot) as usize;
+                        let token = self.members.get(slot) as usize;
                         self.push(block, lookup.binding.cells[token] as usize, None);
                     }
                     self.at += n;
                 }
+            }
+        }
+    }
+
+    /// Fetches what leads to the keys of clusters soon to come: the members first, then their cells. Each is a miss of its
+    /// own.
+    #[inline]
+    fn fetch_ahead(&self, lookup: &Lookup<'_>, kept: &[u32]) {
+        const MEMBERS: usize = 8;
+        const CELLS: usize = 4;
+        let offsets = lookup.view.head_offsets(lookup.pair.head_kv);
+        if let Some(i) = kept.get(MEMBERS) {
+            prefetch(self.members.address(offsets[*i as usize] as usize));
+        }
+        if let Some(i) = kept.get(CELLS) {
+            // Large clusters are long enough to hide their own misses.
+            let end = offsets[*i as usize + 1].min(offsets[*i as usize] + BLOCK as u32);
+            for slot in offsets[*i as usize]..end {
+                let token = self.members.get(slot as usize) as usize;
+                prefetch(lookup.binding.cells.as_ptr().wrapping_add(token));
             }
         }
     }
@@ -242,9 +266,11 @@ unsafe fn sweep(
         n_kv: p.k.ne[1],
         at: from,
         end: to,
+        members: Members::U16(&[]),
         cluster: 0,
     };
     if let Cells::Listed { lookup, kept, cum } = cells {
+        cursor.members = lookup.view.head_members(pair.head_kv);
         let j = from.saturating_sub(lookup.binding.always.len()) as u32;
         cursor.cluster = cum[..=kept.len()].partition_point(|c| *c <= j).saturating_sub(1);
     }

@@ -58,12 +58,31 @@ macro_rules! dispatch {
             Path::Avx2 => unsafe { super::avx2::$name($($arg),*) },
             #[cfg(target_arch = "aarch64")]
             // SAFETY: as above.
+            #[allow(unused_unsafe)]
             Path::Neon => unsafe { super::neon::$name($($arg),*) },
             // SAFETY: the caller's contract.
             #[allow(unused_unsafe)]
             Path::Scalar => unsafe { scalar::$name($($arg),*) },
         }
     };
+}
+
+/// Asks for the cache line at an address, which need not be one.
+#[inline]
+pub(super) fn prefetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch reads nothing and cannot fault.
+    unsafe {
+        use std::arch::x86_64::*;
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: as above.
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{0}]", in(reg) at, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = at;
 }
 
 /// `out[g * BLOCK + r] = q_g . row_r` for the heads in `q` (`[G][d]`). `next` are rows wanted soon.

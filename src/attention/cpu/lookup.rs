@@ -51,15 +51,22 @@ impl Lookup<'_> {
         }
         for start in (from..to).step_by(BLOCK) {
             let n = BLOCK.min(to - start);
-            let mut rows = [std::ptr::null(); BLOCK];
             let tile = n.next_multiple_of(4);
+            // Rows repeat the last one up to a multiple of 4; those of the next block are fetched meanwhile.
+            let after = (start + BLOCK).min(to)..(start + 2 * BLOCK).min(to);
+            let block = |from: Rows<'_>| {
+                let (mut rows, mut next) = ([std::ptr::null(); BLOCK], [std::ptr::null(); BLOCK]);
+                rows[..tile].iter_mut().enumerate().for_each(|(j, r)| *r = from.get(start + j.min(n - 1)));
+                next.iter_mut().zip(after.clone()).for_each(|(r, i)| *r = from.get(i));
+                (rows, next)
+            };
             // SAFETY: each address is that of a row inside the view's slices, checked above by slicing.
             unsafe {
-                rows[..tile].iter_mut().enumerate().for_each(|(j, r)| *r = centroids.get(start + j.min(n - 1)));
-                dots(path, Source::F16, q, dk, &rows[..tile], &[], scratch.s);
+                let (rows, next) = block(centroids);
+                dots(path, Source::F16, q, dk, &rows[..tile], &next[..after.len()], scratch.s);
                 if spread == Spread::Diag {
-                    rows[..tile].iter_mut().enumerate().for_each(|(j, r)| *r = variances.get(start + j.min(n - 1)));
-                    dots(path, Source::U8, scratch.q2, dk, &rows[..tile], &[], scratch.s2);
+                    let (rows, next) = block(variances);
+                    dots(path, Source::U8, scratch.q2, dk, &rows[..tile], &next[..after.len()], scratch.s2);
                 }
             }
             let own = first + start..first + start + n;

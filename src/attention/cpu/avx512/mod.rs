@@ -15,13 +15,15 @@ use element::{Element, Q4_0, Q8_0};
 use element::{BF16, F16, F32, U8};
 pub(super) use math::{add_scaled, cap, exp_sum, max, weighted_sum};
 
+/// Fetches the lines of rows, which start anywhere in a line.
 #[inline]
 fn prefetch(rows: &[*const u8], bytes: usize) {
     for row in rows {
-        // The last byte too: rows of quantised types start anywhere in a line.
-        for at in (0..bytes).step_by(64).chain([bytes - 1]) {
+        let mut line = row.wrapping_sub(*row as usize % 64);
+        while line < row.wrapping_add(bytes) {
             // SAFETY: a prefetch reads nothing and cannot fault.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(at).cast()) };
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+            line = line.wrapping_add(64);
         }
     }
 }
