@@ -1,12 +1,13 @@
-//! Microseconds of one decode call on one thread: dense and sparse through our kernels, by prefix length and head size.
-//! `cargo bench --bench attend`.
+//! Microseconds of one decode call on one thread: dense and sparse through our kernels, by code path, type of the cache,
+//! prefix length and head size. `cargo bench --bench attend [-- word...]` runs the lines that hold every word, for example
+//! `-- avx512 q8_0 12288 d128 g7`.
 
 #[path = "../tests/attend_case/mod.rs"]
 mod attend_case;
 
 use attend_case::{Case, Spec};
-use ggml_squeeze::attention::cpu::{self, Plan};
-use ggml_squeeze::attention::{Call, Mode, Row};
+use ggml_squeeze::attention::cpu::{Options, Path, Plan, Schedule};
+use ggml_squeeze::attention::{Call, Element, Mode, Row};
 
 /// CPU time of this thread in microseconds: a dense call outlasts a scheduler slice, a sparse one does not, so on a busy
 /// machine wall time would flatter the sparse one.
@@ -20,59 +21,81 @@ fn now() -> f64 {
 
 /// More than the last-level cache. In a model the other layers run between two calls of a layer; without emptying the
 /// cache the few cells that a sparse call reads would still be there, and its speed-up would exceed what memory allows.
-const FLUSH: usize = 256 << 20;
+const FLUSH: usize = 96 << 20;
 
-/// Best of some runs from a cold cache, plan included: a plan is made for every graph call.
-fn microseconds(call: &Call, flush: &mut [u8]) -> (f64, f64) {
-    let (mut best, mut planning) = (f64::INFINITY, f64::INFINITY);
+/// Best of some runs from a cold cache, plan included: a plan is made for every graph call. Of the stages, too.
+fn microseconds(call: &Call, options: Options, flush: &[u64]) -> (f64, [f64; 3]) {
+    let (mut best, mut parts) = (f64::INFINITY, [f64::INFINITY; 3]);
     for _ in 0..12 {
-        flush.iter_mut().step_by(64).for_each(|x| *x = x.wrapping_add(1));
-        std::hint::black_box(&flush);
+        // Read, not written, as weights are: no line has to go back to memory while the call runs.
+        std::hint::black_box(flush.iter().step_by(8).fold(0, |sum, x| sum ^ x));
         let start = now();
-        let plan = Plan::new(call.clone(), 1).expect("the bench's call is a supported one");
-        planning = planning.min(now() - start);
+        let plan = Plan::with_options(call.clone(), 1, options).expect("the bench's call is a supported one");
+        let mut last = now();
+        parts[0] = parts[0].min(last - start);
         for stage in 0..plan.n_stage() {
             // SAFETY: one thread is all threads.
             unsafe { plan.run(stage, 0, 1) };
+            let time = now();
+            parts[1 + stage] = parts[1 + stage].min(time - last);
+            last = time;
         }
-        best = best.min(now() - start);
+        best = best.min(last - start);
     }
-    (best, planning)
+    (best, parts)
 }
 
 fn main() {
-    println!("path {}, 4 KV heads, one thread, cold cache, us of CPU time per call\n", cpu::path());
-    let mut flush = vec![1u8; FLUSH];
-    println!("| prefix | d | G | dense | 0.2 | speed-up | 0.1 | speed-up | plan |");
-    println!("|---|---|---|---|---|---|---|---|---|");
-    for n_prefix in [4096, 12288, 24576] {
-        for (d, group) in [(64, 3), (64, 7), (128, 3), (128, 7)] {
-            let spec = Spec {
-                dk: d,
-                dv: d,
-                group,
-                n_head_kv: 4,
-                n_query: 1,
-                n_prefix,
-                n_sink: 16,
-                n_window: 100,
-                n_other: 64,
-                n_cluster: (n_prefix - 116) / 20,
-                plain_mask: true,
-                ..Spec::base()
-            };
-            let case = Case::new(&spec);
-            let mut with = |row: Row, budget: f32| {
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    println!("4 KV heads, one thread, cold cache, us of CPU time per call, the parts at 0.2\n");
+    let flush: Vec<u64> = (0..FLUSH as u64 / 8).collect();
+    println!(
+        "| path | type | prefix | size | group | dense | 0.2 | speed-up | 0.1 | speed-up | plan | lookup | attend |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|");
+    let types = [Element::F32, Element::F16, Element::BF16, Element::Q8_0, Element::Q4_0];
+    let sizes = [(64, 3), (64, 7), (128, 3), (128, 7)];
+    let all = types.into_iter().flat_map(|t| [4096, 12288, 24576].map(|n| (t, n)));
+    for (element, n_prefix, (d, group)) in all.flat_map(|(t, n)| sizes.map(|size| (t, n, size))) {
+        let line = |path: Path| format!("{} | {} | {n_prefix} | d{d} | g{group}", path.name(), element.name());
+        let wanted = |path: &Path| words.iter().all(|word| line(*path).split(" | ").any(|w| w == word));
+        let paths: Vec<Path> = Path::available().into_iter().filter(wanted).collect();
+        if paths.is_empty() {
+            continue;
+        }
+        let spec = Spec {
+            dk: d,
+            dv: d,
+            group,
+            n_head_kv: 4,
+            n_query: 1,
+            n_prefix,
+            n_sink: 16,
+            n_window: 100,
+            n_other: 64,
+            n_cluster: (n_prefix - 116) / 20,
+            plain_mask: true,
+            k_type: element,
+            v_type: element,
+            ..Spec::base()
+        };
+        let case = Case::new(&spec);
+        for path in paths {
+            let with = |row: Row, budget: f32, schedule: Option<Schedule>| {
                 let mut call = case.call.clone();
                 call.rows = vec![row].into();
                 call.selection.mode = Mode::Budget(budget);
-                microseconds(&call, &mut flush)
+                microseconds(&call, Options { path: Some(path), schedule }, &flush)
             };
-            let (dense, _) = with(Row::Dense, 1.0);
-            let ((fifth, plan), (tenth, _)) = (with(Row::Sparse(0), 0.2), with(Row::Sparse(0), 0.1));
-            let (a, b) = (dense / fifth, dense / tenth);
+            let (dense, _) = with(Row::Dense, 1.0, None);
+            let ((fifth, _), (tenth, _)) = (with(Row::Sparse(0), 0.2, None), with(Row::Sparse(0), 0.1, None));
+            // Stages to time apart are those of the other schedule.
+            let (_, [plan, lookup, attend]) = with(Row::Sparse(0), 0.2, Some(Schedule::Split));
             println!(
-                "| {n_prefix} | {d} | {group} | {dense:.0} | {fifth:.0} | {a:.1}x | {tenth:.0} | {b:.1}x | {plan:.1} |"
+                "| {} | {dense:.0} | {fifth:.0} | {:.1}x | {tenth:.0} | {:.1}x | {plan:.1} | {lookup:.0} | {attend:.0} |",
+                line(path),
+                dense / fifth,
+                dense / tenth
             );
         }
     }

@@ -2,9 +2,9 @@
 
 mod attend_case;
 
-use attend_case::{Case, Spec, LAYER};
+use attend_case::{decode, encode, Case, Spec, LAYER};
 use ggml_squeeze::attention::cpu::{self, Options, Path, Plan, Schedule, Unsupported};
-use ggml_squeeze::attention::{oracle, Call, Mode, Row, Selection, Spread};
+use ggml_squeeze::attention::{hadamard, oracle, Call, Element, Mode, Rotation, Row, Selection, Spread};
 use proptest::prelude::*;
 
 fn close(got: &[f32], want: &[f64], what: &str) {
@@ -51,7 +51,7 @@ fn same_selection(call: &Call, row: usize, head_kv: usize, got: &[u32]) {
 /// Every path, schedule and number of threads gives what the oracle gives for the plan's own selection.
 fn check(spec: &Spec, planned: usize, nth: usize) {
     let mut case = Case::new(spec);
-    for path in [Path::Scalar, Path::detect()] {
+    for path in Path::available() {
         let options = |schedule| Options { path: Some(path), schedule: Some(schedule) };
         let plan = case.plan(planned, options(Schedule::Split)).unwrap();
         let split = case.run(&plan, nth);
@@ -98,10 +98,28 @@ fn specs() -> impl Strategy<Value = Spec> {
     let spread = prop::sample::select(vec![Spread::None, Spread::Radius, Spread::Diag]);
     let select = (modes(), spread, any::<bool>());
     let flavour = (any::<[bool; 4]>(), prop::sample::select(vec![0.0f32, 0.0, 30.0]));
-    (any::<u64>(), shape, prefix, select, flavour).prop_map(|(seed, shape, prefix, select, (flags, softcap))| Spec {
+    let cache = (types(), types(), 0usize..9, 0usize..9);
+    (any::<u64>(), shape, prefix, select, flavour, cache).prop_map(spec_of)
+}
+
+type Drawn = (
+    u64,
+    (usize, usize, usize, usize, usize, usize),
+    (usize, usize, usize, usize, usize, f32),
+    (Mode, Spread, bool),
+    ([bool; 4], f32),
+    (Element, Element, usize, usize),
+);
+
+fn spec_of((seed, shape, prefix, select, (flags, softcap), (k_type, v_type, k, v)): Drawn) -> Spec {
+    let whole = |size: usize, element: Element| if size % element.block() == 0 { size } else { 96 };
+    let (dk, dv) = (whole(shape.0, k_type), whole(shape.1, v_type));
+    // Every second cache is plain; the largest blocks are those that divide the head size.
+    let block = |n: usize, size: usize| if n % 2 == 0 { 0 } else { 1 << (n.min(size.trailing_zeros() as usize)) };
+    Spec {
         seed,
-        dk: shape.0,
-        dv: shape.1,
+        dk,
+        dv,
         group: shape.2,
         n_head_kv: shape.3,
         n_query: shape.4,
@@ -120,8 +138,17 @@ fn specs() -> impl Strategy<Value = Spec> {
         max_bias: 0.0,
         plain_mask: false,
         selection: Selection { mode: select.0, spread: select.1, alpha: 2.0, estimate: select.2 },
-    })
+        k_type,
+        v_type,
+        rotation: Rotation { k: block(k, dk), v: block(v, dv) },
+    }
 }
+
+fn types() -> impl Strategy<Value = Element> {
+    prop::sample::select(TYPES.to_vec())
+}
+
+const TYPES: [Element; 5] = [Element::F32, Element::F16, Element::BF16, Element::Q8_0, Element::Q4_0];
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
@@ -169,7 +196,9 @@ fn the_oracle_gives_the_mean_for_a_zero_query() {
     case.q.fill(0.0);
     case.call.problem.q.data = case.q.as_mut_ptr().cast();
     for (d, got) in oracle::run(&case.call).into_iter().enumerate() {
-        let mean = case.v.iter().skip(d).step_by(spec.dv).map(|v| v.to_f64()).sum::<f64>() / spec.n_prefix as f64;
+        let v = case.v.chunks_exact(2).skip(d).step_by(spec.dv);
+        let sum: f64 = v.map(|v| half::f16::from_le_bytes([v[0], v[1]]).to_f64()).sum();
+        let mean = sum / spec.n_prefix as f64;
         assert!((got - mean).abs() < 1e-12, "dimension {d}: {got} is not the mean {mean}");
     }
 }
@@ -190,13 +219,74 @@ fn the_estimate_of_every_cluster_is_close_to_dense_where_clusters_are_tight() {
 }
 
 #[test]
+fn every_pair_of_types_agrees_with_the_oracle() {
+    for (n, (k_type, v_type)) in TYPES.iter().flat_map(|k| TYPES.map(|v| (*k, v))).enumerate() {
+        let (dk, dv) = ([64, 128, 96][n % 3], [128, 64][n % 2]);
+        let rotation = Rotation { k: [0, 32, 64][n % 3] * (dk % 64 == 0) as usize, v: [64, 0, 16][n % 3] };
+        let selection = Selection { estimate: n % 2 == 0, ..Spec::base().selection };
+        let spec =
+            Spec { seed: n as u64, dk, dv, group: 1 + n % 9, k_type, v_type, rotation, selection, ..Spec::base() };
+        check(&spec, 2, 2);
+    }
+}
+
+#[test]
+fn a_rotated_cache_gives_the_rotated_output_of_the_plain_one() {
+    let selection = Selection { estimate: true, ..Spec::base().selection };
+    let (k_type, v_type) = (Element::F32, Element::F32);
+    let plain = Spec { dk: 128, dv: 96, k_type, v_type, selection, mask: false, ..Spec::base() };
+    let rotation = Rotation { k: 128, v: 32 };
+    let (plain, mut rotated) = (Case::new(&plain), Case::new(&Spec { rotation, ..plain }));
+    rotated.q.copy_from_slice(&plain.q);
+    rotated.q.chunks_exact_mut(128).for_each(|q| hadamard::rotate(q, rotation.k));
+    let mut want: Vec<f32> = oracle::run(&plain.call).into_iter().map(|x| x as f32).collect();
+    want.chunks_exact_mut(96).for_each(|out| hadamard::rotate(out, rotation.v));
+    for (i, (got, want)) in oracle::run(&rotated.call).iter().zip(&want).enumerate() {
+        assert!((got - *want as f64).abs() < 1e-4, "element {i} is {got}, the plain call's is {want}");
+    }
+    for (row, h) in (0..2).flat_map(|row| (0..2).map(move |h| (row, h))) {
+        assert_eq!(oracle::selection(&rotated.call, row, h), oracle::selection(&plain.call, row, h));
+    }
+}
+
+#[test]
+fn the_oracle_reads_quantised_blocks_as_ggml_lays_them_out() {
+    // One visible cell: the output is its value. d is 0.5 in the first block and -2 in the second.
+    let low = |i: usize| (i as u8) | (15 - i as u8) << 4;
+    let mut q4_0 = vec![0x00, 0x38];
+    q4_0.extend((0..16).map(low));
+    q4_0.extend([0x00, 0xc0]);
+    q4_0.extend([0xf0; 16]);
+    let nibbles = (0..16).chain((0..16).rev()).map(|n| 0.5 * (n as f64 - 8.0));
+    let q4_0_values: Vec<f64> = nibbles.chain([16.0; 16]).chain([-14.0; 16]).collect();
+    let mut q8_0 = vec![0x00, 0x38];
+    q8_0.extend((0..32).map(|i| (i * 8 - 128) as u8));
+    q8_0.extend([0x00, 0xc0]);
+    q8_0.extend([0x81; 32]);
+    let q8_0_values: Vec<f64> = (0..32).map(|i| 4.0 * i as f64 - 64.0).chain([254.0; 32]).collect();
+    for (v_type, bytes, want) in [(Element::Q4_0, q4_0, q4_0_values), (Element::Q8_0, q8_0, q8_0_values)] {
+        let spec = Spec { n_query: 1, n_head_kv: 1, group: 1, n_other: 0, sparse: 0.0, v_type, ..Spec::base() };
+        let mut case = Case::new(&spec);
+        case.mask.fill(half::f16::NEG_INFINITY);
+        case.mask[5] = half::f16::ZERO;
+        case.v[5 * bytes.len()..6 * bytes.len()].copy_from_slice(&bytes);
+        assert_eq!(oracle::run(&case.call), want, "{v_type:?}");
+        let as_f32: Vec<f32> = want.iter().map(|x| *x as f32).collect();
+        assert_eq!(decode(v_type, &bytes), as_f32);
+        let mut again = Vec::new();
+        encode(v_type, &as_f32, &mut again);
+        assert_eq!(decode(v_type, &again).len(), 64);
+    }
+}
+
+#[test]
 fn a_fully_masked_row_is_zero_and_every_output_is_written() {
     for sinks in [false, true] {
         let mut case = Case::new(&Spec { sparse: 0.0, sinks, ..Spec::base() });
         case.mask.fill(half::f16::NEG_INFINITY);
         case.call.problem.mask.as_mut().unwrap().data = case.mask.as_mut_ptr().cast();
-        case.v.fill(half::f16::NAN);
-        case.call.problem.v.data = case.v.as_mut_ptr().cast();
+        case.v.fill(0xff);
+        case.call.problem.v.data = case.v.as_mut_ptr();
         let plan = case.plan(2, Options::default()).unwrap();
         assert!(case.run(&plan, 2).iter().all(|x| *x == 0.0), "sinks: {sinks}");
     }
@@ -230,6 +320,17 @@ fn calls_that_do_not_fit_are_refused_with_the_reason() {
     assert_eq!(refused(&|c| c.problem.q.ne[0] = 60), Unsupported::HeadDim { what: "key", size: 60 });
     assert_eq!(refused(&|c| c.problem.v.ne[0] = 512), Unsupported::HeadDim { what: "value", size: 512 });
     assert_eq!(refused(&|c| c.problem.k.nb[0] = 4), Unsupported::Stride { what: "k", step: 4, want: 2 });
+    let q8_0 = |c: &mut Call| (c.problem.k_type, c.problem.k.nb[0]) = (Element::Q8_0, 34);
+    assert_eq!(refused(&|c| c.problem.v_type = Element::F32), Unsupported::Stride { what: "v", step: 2, want: 4 });
+    assert_eq!(refused(&|c| c.problem.k_type = Element::Q4_0), Unsupported::Stride { what: "k", step: 2, want: 18 });
+    let partial = refused(&|c| (q8_0(c), c.problem.q.ne[0] = 72, c.problem.k.ne[0] = 72).2);
+    assert_eq!(partial, Unsupported::Block { what: "key", size: 72, element: "q8_0", block: 32 });
+    for block in [3, 24, 128] {
+        let rotated = refused(&|c| c.rotation.k = block);
+        assert_eq!(rotated, Unsupported::Rotation { what: "K", block, size: 64 });
+        let rotated = refused(&|c| c.rotation.v = block);
+        assert_eq!(rotated, Unsupported::Rotation { what: "V", block, size: 64 });
+    }
     assert_eq!(refused(&|c| c.rows = vec![Row::Dense].into()), Unsupported::Rows { got: 1, want: 2 });
     assert_eq!(refused(&|c| c.rows = vec![Row::Sparse(9); 2].into()), Unsupported::NoBinding { got: 9, n: 1 });
     let one_head = refused(&|c| {

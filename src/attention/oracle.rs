@@ -1,8 +1,8 @@
 //! The written specification of squeezed attention, in f64: slow, allocating, clear. Kernels are tested against it.
 
-use half::f16;
+use half::{bf16, f16};
 
-use super::{keys_of_share, Array, Binding, Call, Mode, Problem, Row, Spread};
+use super::{keys_of_share, Array, Binding, Call, Element, Mode, Problem, Row, Spread};
 use crate::index::LayerView;
 
 /// Scores of every cluster for one query row and KV head.
@@ -35,6 +35,40 @@ fn read_f32(a: &Array, i: [usize; 4]) -> f64 {
     unsafe { address(a, i).cast::<f32>().read_unaligned() as f64 }
 }
 
+/// Element `i[0]` of a row of K or V.
+fn read(a: &Array, element: Element, i: [usize; 4]) -> f64 {
+    let block = address(a, [i[0] / element.block(), i[1], i[2], i[3]]);
+    let j = i[0] % element.block();
+    // SAFETY: as in `read_f16`; a quantised element lies in its block.
+    unsafe {
+        let scale = || block.cast::<f16>().read_unaligned().to_f64();
+        match element {
+            Element::F32 => block.cast::<f32>().read_unaligned() as f64,
+            Element::F16 => block.cast::<f16>().read_unaligned().to_f64(),
+            Element::BF16 => block.cast::<bf16>().read_unaligned().to_f64(),
+            Element::Q8_0 => scale() * block.add(2 + j).cast::<i8>().read() as f64,
+            Element::Q4_0 => {
+                let byte = block.add(2 + j % 16).read();
+                let nibble = if j < 16 { byte & 15 } else { byte >> 4 };
+                scale() * (nibble as f64 - 8.0)
+            }
+        }
+    }
+}
+
+/// The product with the block-diagonal Hadamard matrix, by its definition.
+fn rotated(x: &[f64], block: usize) -> Vec<f64> {
+    if block == 0 {
+        return x.to_vec();
+    }
+    let sign = |i: usize, j: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+    let row = |i: usize| {
+        let own = &x[i / block * block..(i / block + 1) * block];
+        own.iter().enumerate().map(|(j, x)| sign(i % block, j) * x).sum::<f64>() / (block as f64).sqrt()
+    };
+    (0..x.len()).map(row).collect()
+}
+
 /// Stream of K or V that a stream of Q reads.
 fn stream_of(p: &Problem, a: &Array, stream: usize) -> usize {
     stream / (p.q.ne[3] / a.ne[3])
@@ -43,7 +77,9 @@ fn stream_of(p: &Problem, a: &Array, stream: usize) -> usize {
 fn dot_key(p: &Problem, row: usize, head: usize, cell: usize) -> f64 {
     let (stream, query) = (row / p.q.ne[1], row % p.q.ne[1]);
     let (head_kv, from) = (head / p.n_group(), stream_of(p, &p.k, stream));
-    (0..p.q.ne[0]).map(|d| read_f32(&p.q, [d, query, head, stream]) * read_f16(&p.k, [d, cell, head_kv, from])).sum()
+    (0..p.q.ne[0])
+        .map(|d| read_f32(&p.q, [d, query, head, stream]) * read(&p.k, p.k_type, [d, cell, head_kv, from]))
+        .sum()
 }
 
 /// Additive mask of a cell; 0 without a mask.
@@ -79,6 +115,7 @@ pub fn scores(call: &Call, row: usize, head_kv: usize) -> Scores {
     let mut out = Scores { x: Vec::new(), y: Vec::new(), p: vec![0.0; c], mass: vec![0.0; c], sink_share: 0.0 };
     for head in head_kv * group..(head_kv + 1) * group {
         let q: Vec<f64> = (0..dk).map(|d| read_f32(&p.q, [d, query, head, stream])).collect();
+        let q = rotated(&q, call.rotation.k);
         let norm = q.iter().map(|q| q * q).sum::<f64>().sqrt();
         let (mut x, mut y) = (Vec::new(), Vec::new());
         for i in head_kv * c..(head_kv + 1) * c {
@@ -180,7 +217,8 @@ fn attend(call: &Call, row: usize, head: usize, kept: Option<&[u32]>) -> Vec<f64
     let p = &call.problem;
     let (head_kv, from) = (head / p.n_group(), stream_of(p, &p.v, row / p.q.ne[1]));
     let dv = p.v.ne[0];
-    let cell_value = |cell: usize| -> Vec<f64> { (0..dv).map(|d| read_f16(&p.v, [d, cell, head_kv, from])).collect() };
+    let cell_value =
+        |cell: usize| -> Vec<f64> { (0..dv).map(|d| read(&p.v, p.v_type, [d, cell, head_kv, from])).collect() };
     let mut cells: Vec<usize> = Vec::new();
     let mut terms: Vec<(f64, f64, Vec<f64>)> = Vec::new();
     match kept {
@@ -198,7 +236,8 @@ fn attend(call: &Call, row: usize, head: usize, kept: Option<&[u32]>) -> Vec<f64
                 let x = &scores(call, row, head_kv).x[head % p.n_group()];
                 for i in (0..x.len()).filter(|i| !kept.contains(&(*i as u32))) {
                     let at = (head_kv * x.len() + i) * dv;
-                    let mean = view.mean_values[at..at + dv].iter().map(|v| v.to_f64()).collect();
+                    let mean: Vec<f64> = view.mean_values[at..at + dv].iter().map(|v| v.to_f64()).collect();
+                    let mean = rotated(&mean, call.rotation.v);
                     let logit = if p.softcap == 0.0 { x[i] } else { cap(p, x[i] / p.softcap as f64) };
                     terms.push(((offsets[i + 1] - offsets[i]) as f64, logit, mean));
                 }

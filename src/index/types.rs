@@ -167,7 +167,7 @@ pub enum Members<'a> {
     U32(&'a [u32]),
 }
 
-impl Members<'_> {
+impl<'a> Members<'a> {
     #[inline]
     pub fn get(&self, i: usize) -> u32 {
         match self {
@@ -183,6 +183,21 @@ impl Members<'_> {
     }
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+    /// Members `range` alone.
+    pub fn part(&self, range: std::ops::Range<usize>) -> Members<'a> {
+        match self {
+            Members::U16(m) => Members::U16(&m[range]),
+            Members::U32(m) => Members::U32(&m[range]),
+        }
+    }
+    /// Address of member i, for a prefetch; i need not be one.
+    #[inline]
+    pub fn address(&self, i: usize) -> *const u8 {
+        match self {
+            Members::U16(m) => m.as_ptr().wrapping_add(i).cast(),
+            Members::U32(m) => m.as_ptr().wrapping_add(i).cast(),
+        }
     }
 }
 
@@ -212,6 +227,12 @@ impl<'a> LayerView<'a> {
     #[inline]
     pub fn n_clustered(&self) -> usize {
         self.members.len() / self.shape.n_head_kv as usize
+    }
+    /// Members of one KV head's clusters.
+    #[inline]
+    pub fn head_members(&self, head_kv: usize) -> Members<'a> {
+        let n = self.n_clustered();
+        self.members.part(head_kv * n..(head_kv + 1) * n)
     }
     /// Token number of the `j`th member slot of one KV head.
     #[inline]

@@ -7,7 +7,7 @@ use std::sync::{Arc, Barrier};
 use ggml_squeeze::attention::cpu::{Options, Plan, Unsupported};
 use ggml_squeeze::attention::*;
 use ggml_squeeze::index::*;
-use half::f16;
+use half::{bf16, f16};
 
 /// Splitmix64.
 pub struct Random(pub u64);
@@ -64,6 +64,10 @@ pub struct Spec {
     pub head_major: bool,
     /// Sparse rows see all cells but the hidden ones with mask 0, and so do dense ones.
     pub plain_mask: bool,
+    pub k_type: Element,
+    pub v_type: Element,
+    /// The cache is rotated, the index is not.
+    pub rotation: Rotation,
 }
 
 impl Spec {
@@ -90,7 +94,94 @@ impl Spec {
             selection: Selection { mode: Mode::Budget(0.2), spread: Spread::Diag, alpha: 2.0, estimate: false },
             head_major: false,
             plain_mask: false,
+            k_type: Element::F16,
+            v_type: Element::F16,
+            rotation: Rotation::default(),
         }
+    }
+}
+
+/// Appends a row of numbers, in whole blocks, as a cache holds them.
+pub fn encode(element: Element, row: &[f32], out: &mut Vec<u8>) {
+    for block in row.chunks_exact(element.block()) {
+        let largest = block.iter().fold(0.0f32, |m, x| if x.abs() > m.abs() { *x } else { m });
+        let scaled = |d: f32| if d == 0.0 { 0.0 } else { 1.0 / d };
+        match element {
+            Element::F32 => out.extend(block[0].to_le_bytes()),
+            Element::F16 => out.extend(f16::from_f32(block[0]).to_le_bytes()),
+            Element::BF16 => out.extend(bf16::from_f32(block[0]).to_le_bytes()),
+            Element::Q8_0 => {
+                let d = largest.abs() / 127.0;
+                out.extend(f16::from_f32(d).to_le_bytes());
+                out.extend(block.iter().map(|x| (x * scaled(d)).round() as i8 as u8));
+            }
+            Element::Q4_0 => {
+                let d = largest / -8.0;
+                out.extend(f16::from_f32(d).to_le_bytes());
+                let half = |x: f32| (x * scaled(d) + 8.5).clamp(0.0, 15.0) as u8;
+                out.extend((0..16).map(|i| half(block[i]) | half(block[i + 16]) << 4));
+            }
+        }
+    }
+}
+
+/// The numbers of a row as a cache holds it.
+pub fn decode(element: Element, row: &[u8]) -> Vec<f32> {
+    let two = |b: &[u8]| [b[0], b[1]];
+    let one = |b: &[u8]| -> Vec<f32> {
+        let d = f16::from_le_bytes(two(b)).to_f32();
+        match element {
+            Element::F32 => vec![f32::from_le_bytes([b[0], b[1], b[2], b[3]])],
+            Element::F16 => vec![d],
+            Element::BF16 => vec![bf16::from_le_bytes(two(b)).to_f32()],
+            Element::Q8_0 => b[2..].iter().map(|q| d * *q as i8 as f32).collect(),
+            Element::Q4_0 => {
+                let (low, high) = (b[2..].iter().map(|q| q & 15), b[2..].iter().map(|q| q >> 4));
+                low.chain(high).map(|q| d * (q as f32 - 8.0)).collect()
+            }
+        }
+    };
+    row.chunks_exact(element.block_bytes()).flat_map(one).collect()
+}
+
+/// K or V of all streams.
+struct Cache {
+    element: Element,
+    d: usize,
+    rotation: usize,
+    nb: [usize; 4],
+    bytes: Vec<u8>,
+}
+
+impl Cache {
+    fn new(spec: &Spec, element: Element, d: usize, rotation: usize) -> Cache {
+        let (n_kv, heads, row) = (spec.n_prefix + spec.n_other, spec.n_head_kv, element.row_bytes(d));
+        let step = element.block_bytes();
+        let nb = match spec.head_major {
+            true => [step, row, row * n_kv, row * n_kv * heads],
+            false => [step, row * heads, row, row * n_kv * heads],
+        };
+        Cache { element, d, rotation, nb, bytes: vec![0; row * n_kv * heads * spec.n_stream] }
+    }
+
+    fn row(&mut self, [cell, head, stream]: [usize; 3]) -> &mut [u8] {
+        let at = cell * self.nb[1] + head * self.nb[2] + stream * self.nb[3];
+        &mut self.bytes[at..at + self.element.row_bytes(self.d)]
+    }
+
+    /// Stores a row given in the plain basis.
+    fn store(&mut self, at: [usize; 3], mut row: Vec<f32>) {
+        hadamard::rotate(&mut row, self.rotation);
+        let mut bytes = Vec::new();
+        encode(self.element, &row, &mut bytes);
+        self.row(at).copy_from_slice(&bytes);
+    }
+
+    /// What a row holds, in the plain basis.
+    fn load(&mut self, at: [usize; 3]) -> Vec<f32> {
+        let mut row = decode(self.element, self.row(at));
+        hadamard::rotate(&mut row, self.rotation);
+        row
     }
 }
 
@@ -98,8 +189,9 @@ impl Spec {
 pub struct Case {
     pub call: Call,
     pub q: Vec<f32>,
-    pub k: Vec<f16>,
-    pub v: Vec<f16>,
+    /// As `k_type` and `v_type` say.
+    pub k: Vec<u8>,
+    pub v: Vec<u8>,
     pub mask: Vec<f16>,
     pub sinks: Vec<f32>,
     pub dst: Vec<f32>,
@@ -207,13 +299,8 @@ impl Case {
         let Spec { dk, dv, group, n_head_kv, n_query, n_stream, n_prefix, n_sink, n_window, .. } = *spec;
         let r = &mut Random(spec.seed);
         let (n_kv, n_head) = (n_prefix + spec.n_other, group * n_head_kv);
-        let strides = |d: usize| match spec.head_major {
-            true => [2, 2 * d, 2 * d * n_kv, 2 * d * n_kv * n_head_kv],
-            false => [2, 2 * d * n_head_kv, 2 * d, 2 * d * n_kv * n_head_kv],
-        };
-        let (k_nb, v_nb) = (strides(dk), strides(dv));
-        let mut k = vec![f16::ZERO; n_stream * n_kv * n_head_kv * dk];
-        let mut v = vec![f16::ZERO; n_stream * n_kv * n_head_kv * dv];
+        let mut k = Cache::new(spec, spec.k_type, dk, spec.rotation.k);
+        let mut v = Cache::new(spec, spec.v_type, dv, spec.rotation.v);
         let mut mask = vec![f16::ZERO; if spec.mask { n_stream * n_head * n_query * n_kv } else { 0 }];
         let mask_heads = if spec.mask_per_head { n_head } else { 1 };
         let rows: Vec<Row> = (0..n_stream * n_query)
@@ -224,27 +311,25 @@ impl Case {
             let place = r.shuffled(n_kv);
             let (cells, others) = place.split_at(n_prefix);
             let hidden: &[u32] = if spec.mask { &others[..others.len() / 3] } else { &[] };
-            for (rows, d, nb) in [(&mut k, dk, k_nb), (&mut v, dv, v_nb)] {
+            for cache in [&mut k, &mut v] {
                 for (h, cell) in (0..n_head_kv).flat_map(|h| (0..n_kv).map(move |cell| (h, cell))) {
-                    let at = (cell * nb[1] + h * nb[2] + s * nb[3]) / 2;
-                    let gone = hidden.contains(&(cell as u32));
                     let center = 0.5 * r.normal();
-                    rows[at..at + d].iter_mut().for_each(|x| {
-                        *x = if gone { f16::NAN } else { f16::from_f32(r.normal() + center) };
-                    });
+                    let row = (0..cache.d).map(|_| r.normal() + center).collect();
+                    match hidden.contains(&(cell as u32)) {
+                        // NaN in every type, as a number or as a scale.
+                        true => cache.row([cell, h, s]).fill(0xff),
+                        false => cache.store([cell, h, s], row),
+                    }
                 }
             }
-            let prefix = |rows: &[f16], d: usize, nb: [usize; 4]| -> Vec<f16> {
+            let prefix = |cache: &mut Cache| -> Vec<f16> {
                 let mut out = Vec::new();
-                for h in 0..n_head_kv {
-                    for cell in cells {
-                        let at = (*cell as usize * nb[1] + h * nb[2] + s * nb[3]) / 2;
-                        out.extend(&rows[at..at + d]);
-                    }
+                for (h, cell) in (0..n_head_kv).flat_map(|h| cells.iter().map(move |cell| (h, *cell as usize))) {
+                    out.extend(cache.load([cell, h, s]).into_iter().map(f16::from_f32));
                 }
                 out
             };
-            let (keys, values) = (prefix(&k, dk, k_nb), prefix(&v, dv, v_nb));
+            let (keys, values) = (prefix(&mut k), prefix(&mut v));
             let n_cluster = (spec.n_cluster + s).min(n_prefix - n_sink - n_window);
             let index = index_of(index_parts(spec, r, n_cluster, &keys, &values));
             let clustered = &cells[n_sink..n_prefix - n_window];
@@ -288,10 +373,10 @@ impl Case {
         let q_nb = [4, 4 * dk * n_head, 4 * dk, 4 * dk * n_head * n_query];
         let problem = Problem {
             q: array(q.as_mut_ptr().cast(), [dk, n_query, n_head, n_stream], q_nb),
-            k: array(k.as_mut_ptr().cast(), [dk, n_kv, n_head_kv, n_stream], k_nb),
-            v: array(v.as_mut_ptr().cast(), [dv, n_kv, n_head_kv, n_stream], v_nb),
-            k_type: Element::F16,
-            v_type: Element::F16,
+            k: array(k.bytes.as_mut_ptr(), [dk, n_kv, n_head_kv, n_stream], k.nb),
+            v: array(v.bytes.as_mut_ptr(), [dv, n_kv, n_head_kv, n_stream], v.nb),
+            k_type: spec.k_type,
+            v_type: spec.v_type,
             mask: spec.mask.then(|| {
                 let nb = packed(n_kv, n_query, mask_heads, 2);
                 array(mask.as_mut_ptr().cast(), [n_kv, n_query, mask_heads, n_stream], nb)
@@ -309,10 +394,10 @@ impl Case {
             rows: rows.into(),
             bindings: bindings.into(),
             selection,
-            rotation: Rotation::default(),
+            rotation: spec.rotation,
             tile: 1,
         };
-        Case { call, q, k, v, mask, sinks, dst }
+        Case { call, q, k: k.bytes, v: v.bytes, mask, sinks, dst }
     }
 
     pub fn plan(&self, planned: usize, options: Options) -> Result<Plan, Unsupported> {

@@ -3,9 +3,11 @@
 
 use half::f16;
 
-use super::kernels::{accumulate, cap, dots, exp_sum, max, Source, BLOCK};
+use super::kernels::{accumulate, cap, dots, exp_sum, max, prefetch, Source, BLOCK};
 use super::lookup::Lookup;
 use super::memory::{Pair, Rows, Scratch};
+use crate::attention::hadamard;
+use crate::index::Members;
 
 /// Softmax state of the heads of a group.
 pub(super) struct State<'a> {
@@ -135,6 +137,8 @@ struct Cursor<'a, 'c> {
     n_kv: usize,
     at: usize,
     end: usize,
+    /// Of the KV head; none without a list.
+    members: Members<'a>,
     /// Index in the kept clusters of the one that holds `at`, or an earlier one.
     cluster: usize,
 }
@@ -175,21 +179,42 @@ impl Cursor<'_, '_> {
                 }
                 Cells::Listed { lookup, kept, cum } => {
                     let j = (self.at - lookup.binding.always.len()) as u32;
-                    while cum[self.cluster + 1] <= j {
+                    if cum[self.cluster + 1] <= j {
                         self.cluster += 1;
+                        self.fetch_ahead(lookup, &kept[self.cluster..]);
+                        continue;
                     }
-                    let head_kv = lookup.pair.head_kv;
-                    let first = lookup.view.head_offsets(head_kv)[kept[self.cluster] as usize];
+                    let first = lookup.view.head_offsets(lookup.pair.head_kv)[kept[self.cluster] as usize];
                     let slot = (first + j - cum[self.cluster]) as usize;
                     let n = (cum[self.cluster + 1] - j) as usize;
                     let n = n.min(BLOCK - block.n).min(self.end - self.at);
                     for slot in slot..slot + n {
                         // Members are known to be visible.
-                        let token = lookup.view.member(head_kv, slot) as usize;
+                        let token = self.members.get(slot) as usize;
                         self.push(block, lookup.binding.cells[token] as usize, None);
                     }
                     self.at += n;
                 }
+            }
+        }
+    }
+
+    /// Fetches what leads to the keys of clusters soon to come: the members first, then their cells. Each is a miss of its
+    /// own.
+    #[inline]
+    fn fetch_ahead(&self, lookup: &Lookup<'_>, kept: &[u32]) {
+        const MEMBERS: usize = 8;
+        const CELLS: usize = 4;
+        let offsets = lookup.view.head_offsets(lookup.pair.head_kv);
+        if let Some(i) = kept.get(MEMBERS) {
+            prefetch(self.members.address(offsets[*i as usize] as usize));
+        }
+        if let Some(i) = kept.get(CELLS) {
+            // Large clusters are long enough to hide their own misses.
+            let end = offsets[*i as usize + 1].min(offsets[*i as usize] + BLOCK as u32);
+            for slot in offsets[*i as usize]..end {
+                let token = self.members.get(slot as usize) as usize;
+                prefetch(lookup.binding.cells.as_ptr().wrapping_add(token));
             }
         }
     }
@@ -241,9 +266,11 @@ unsafe fn sweep(
         n_kv: p.k.ne[1],
         at: from,
         end: to,
+        members: Members::U16(&[]),
         cluster: 0,
     };
     if let Cells::Listed { lookup, kept, cum } = cells {
+        cursor.members = lookup.view.head_members(pair.head_kv);
         let j = from.saturating_sub(lookup.binding.always.len()) as u32;
         cursor.cluster = cum[..=kept.len()].partition_point(|c| *c <= j).saturating_sub(1);
     }
@@ -254,7 +281,7 @@ unsafe fn sweep(
         cursor.fill(&mut next);
         let tile = block.pad();
         // SAFETY: the rows are in the cache.
-        unsafe { dots(pair.path, Source::F16, q, p.q.ne[0], &block.keys[..tile], &next.keys[..next.n], s) };
+        unsafe { dots(pair.path, p.k_type.into(), q, p.q.ne[0], &block.keys[..tile], &next.keys[..next.n], s) };
         for (h, s) in s.chunks_exact_mut(BLOCK).take(state.m.len()).enumerate() {
             if p.softcap != 0.0 {
                 cap(pair.path, &mut s[..block.n], p.softcap);
@@ -265,7 +292,7 @@ unsafe fn sweep(
             }
         }
         // SAFETY: as above.
-        unsafe { absorb(pair, s, block.n, &block.values[..tile], &next.values[..next.n], state) };
+        unsafe { absorb(pair, p.v_type.into(), s, block.n, &block.values[..tile], &next.values[..next.n], state) };
         std::mem::swap(&mut block, &mut next);
     }
 }
@@ -276,6 +303,7 @@ unsafe fn sweep(
 /// As for `accumulate`.
 unsafe fn absorb(
     pair: &Pair<'_>,
+    source: Source,
     s: &mut [f32],
     n: usize,
     values: &[*const u8],
@@ -291,10 +319,10 @@ unsafe fn absorb(
         state.l[h] += exp_sum(pair.path, s, reference);
     }
     // SAFETY: the caller's contract.
-    unsafe { accumulate(pair.path, s, state.acc.len() / heads, values, next, state.acc) };
+    unsafe { accumulate(pair.path, source, s, state.acc.len() / heads, values, next, state.acc) };
 }
 
-/// Adds the estimate of the dropped clusters: `n_i exp(x_i)` with the mean value.
+/// Adds the estimate of the dropped clusters, `n_i exp(x_i)` with the mean value, to an empty state.
 ///
 /// # Safety
 /// Scores and selection are complete, and nobody else writes them meanwhile.
@@ -316,6 +344,8 @@ pub(super) unsafe fn estimate(lookup: &Lookup<'_>, kept: &[u32], scratch: &mut S
             block.n += 1;
         }
         if block.n == 0 {
+            // Mean values are in the plain basis; their sum is rotated once, in the place of each.
+            state.acc.chunks_exact_mut(dv).for_each(|acc| hadamard::rotate(acc, lookup.pair.call.rotation.v));
             return;
         }
         let tile = block.pad();
@@ -335,6 +365,6 @@ pub(super) unsafe fn estimate(lookup: &Lookup<'_>, kept: &[u32], scratch: &mut S
             }
         }
         // SAFETY: the rows are mean values of the index.
-        unsafe { absorb(&lookup.pair, scratch.s, block.n, &block.values[..tile], &[], state) };
+        unsafe { absorb(&lookup.pair, Source::F16, scratch.s, block.n, &block.values[..tile], &[], state) };
     }
 }

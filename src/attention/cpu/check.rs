@@ -1,13 +1,18 @@
 //! Whether the kernels can run a call; what they rely on is checked here, once per plan.
 
 use super::{Unsupported, HEAD_DIM_MAX, HEAD_DIM_MIN, HEAD_DIM_STEP};
-use crate::attention::{Array, Call, Row};
+use crate::attention::{hadamard, Array, Call, Row};
 
 pub(super) fn check(call: &Call) -> Result<(), Unsupported> {
     let p = &call.problem;
     for (what, size) in [("key", p.q.ne[0]), ("value", p.v.ne[0])] {
         if !(HEAD_DIM_MIN..=HEAD_DIM_MAX).contains(&size) || size % HEAD_DIM_STEP != 0 {
             return Err(Unsupported::HeadDim { what, size });
+        }
+    }
+    for (what, size, element) in [("key", p.q.ne[0], p.k_type), ("value", p.v.ne[0], p.v_type)] {
+        if size % element.block() != 0 {
+            return Err(Unsupported::Block { what, size, element: element.name(), block: element.block() });
         }
     }
     let [_, n_query, n_head, n_stream] = p.q.ne;
@@ -17,8 +22,8 @@ pub(super) fn check(call: &Call) -> Result<(), Unsupported> {
         (step == want).then_some(()).ok_or(Unsupported::Stride { what, step, want })
     };
     contiguous("q", &p.q, 4)?;
-    contiguous("k", &p.k, 2)?;
-    contiguous("v", &p.v, 2)?;
+    contiguous("k", &p.k, p.k_type.block_bytes())?;
+    contiguous("v", &p.v, p.v_type.block_bytes())?;
     contiguous("dst", &p.dst, 4)?;
     equal("k", 0, p.k.ne[0], p.q.ne[0])?;
     equal("v", 1, p.v.ne[1], n_kv)?;
@@ -56,6 +61,11 @@ pub(super) fn check(call: &Call) -> Result<(), Unsupported> {
     }
     if p.max_bias != 0.0 {
         return Err(Unsupported::Alibi { max_bias: p.max_bias.to_string() });
+    }
+    for (what, block, size) in [("K", call.rotation.k, p.q.ne[0]), ("V", call.rotation.v, p.v.ne[0])] {
+        if !hadamard::fits(block, size) {
+            return Err(Unsupported::Rotation { what, block, size });
+        }
     }
     (0..call.bindings.len()).try_for_each(|n| binding(call, n))
 }

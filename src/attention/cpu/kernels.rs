@@ -1,35 +1,95 @@
 //! The inner loops by name, dispatched once per block of rows to the code path of this processor.
 
 use super::{scalar, Path};
+use crate::attention::Element;
 
 /// Rows that one kernel call takes at most; also the stride between heads in a block of scores.
 pub(super) const BLOCK: usize = 32;
 
-/// Element type of the rows that `dots` reads.
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// Element type of rows: those of K and V, and the bytes of the variances.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(non_camel_case_types)]
 pub(super) enum Source {
+    F32,
     F16,
+    BF16,
+    Q8_0,
+    Q4_0,
     U8,
 }
+
+impl From<Element> for Source {
+    fn from(element: Element) -> Source {
+        match element {
+            Element::F32 => Source::F32,
+            Element::F16 => Source::F16,
+            Element::BF16 => Source::BF16,
+            Element::Q8_0 => Source::Q8_0,
+            Element::Q4_0 => Source::Q4_0,
+        }
+    }
+}
+
+/// Calls a function that is generic over the element type with the type that a source names. The types have the sources'
+/// names; a new one is a row here and an implementation per path.
+macro_rules! of_source {
+    ($source:expr, $name:ident($($arg:expr),*)) => {
+        match $source {
+            Source::F32 => $name::<F32>($($arg),*),
+            Source::F16 => $name::<F16>($($arg),*),
+            Source::BF16 => $name::<BF16>($($arg),*),
+            Source::Q8_0 => $name::<Q8_0>($($arg),*),
+            Source::Q4_0 => $name::<Q4_0>($($arg),*),
+            Source::U8 => $name::<U8>($($arg),*),
+        }
+    };
+}
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(super) use of_source;
 
 macro_rules! dispatch {
     ($path:expr, $name:ident($($arg:expr),*)) => {
         match $path {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `Path::Avx2` exists only where AVX2, FMA and F16C were detected; the rest is the caller's contract.
+            // SAFETY: `Path::available` has this one only where its features were detected; the rest is the caller's contract.
+            Path::Avx512 => unsafe { super::avx512::$name($($arg),*) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
             Path::Avx2 => unsafe { super::avx2::$name($($arg),*) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: as above.
+            #[allow(unused_unsafe)]
+            Path::Neon => unsafe { super::neon::$name($($arg),*) },
             // SAFETY: the caller's contract.
             #[allow(unused_unsafe)]
-            _ => unsafe { scalar::$name($($arg),*) },
+            Path::Scalar => unsafe { scalar::$name($($arg),*) },
         }
     };
+}
+
+/// Asks for the cache line at an address, which need not be one.
+#[inline]
+pub(super) fn prefetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch reads nothing and cannot fault.
+    unsafe {
+        use std::arch::x86_64::*;
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: as above.
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{0}]", in(reg) at, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = at;
 }
 
 /// `out[g * BLOCK + r] = q_g . row_r` for the heads in `q` (`[G][d]`). `next` are rows wanted soon.
 ///
 /// # Safety
-/// Every address in `rows` holds `d` elements; their number is a multiple of 4 and at most BLOCK; `d % 8 == 0`;
-/// `out` holds `G * BLOCK`.
+/// Every address in `rows` holds `d` elements; their number is a multiple of 4 and at most BLOCK; `d` is a head size
+/// that the plan allows, of whole blocks of the source; `out` holds `G * BLOCK`.
 #[inline]
 pub(super) unsafe fn dots(
     path: Path,
@@ -44,13 +104,14 @@ pub(super) unsafe fn dots(
     dispatch!(path, dots(source, q, d, rows, next, out))
 }
 
-/// `acc_g += sum_r p[g * BLOCK + r] row_r` for the heads in `acc` (`[G][d]`); rows are F16.
+/// `acc_g += sum_r p[g * BLOCK + r] row_r` for the heads in `acc` (`[G][d]`).
 ///
 /// # Safety
 /// As for `dots`, with `p` in the place of `out`.
 #[inline]
 pub(super) unsafe fn accumulate(
     path: Path,
+    source: Source,
     p: &[f32],
     d: usize,
     rows: &[*const u8],
@@ -58,7 +119,7 @@ pub(super) unsafe fn accumulate(
     acc: &mut [f32],
 ) {
     debug_assert!(rows.len() % 4 == 0 && rows.len() <= BLOCK && p.len() >= acc.len() / d * BLOCK);
-    dispatch!(path, accumulate(p, d, rows, next, acc))
+    dispatch!(path, accumulate(source, p, d, rows, next, acc))
 }
 
 /// `s = exp(s - max)` in place; returns the sum.
@@ -90,3 +151,7 @@ pub(super) fn weighted_sum(path: Path, a: &[f32], b: &[f32]) -> f32 {
 pub(super) fn add_scaled(path: Path, a: &mut [f32], b: &[f32], f: f32) {
     dispatch!(path, add_scaled(a, b, f))
 }
+
+#[cfg(test)]
+#[path = "kernels_tests.rs"]
+mod tests;

@@ -2,7 +2,7 @@
 
 use super::kernels::{add_scaled, dots, exp_sum, max, weighted_sum, Source, BLOCK};
 use super::memory::{Pair, Rows, Scratch, Space};
-use crate::attention::{keys_of_share, Binding, Mode, Selection, Spread};
+use crate::attention::{hadamard, keys_of_share, Binding, Mode, Selection, Spread};
 use crate::index::LayerView;
 
 /// A sparse (row, KV head) with its index.
@@ -37,20 +37,36 @@ impl Lookup<'_> {
         let variances = Rows::packed(self.view.variances[first * dk..last * dk].as_ptr(), dk);
         // The scale is already in q; the soft-cap's division is taken back.
         let undo = if p.softcap == 0.0 { 1.0 } else { p.softcap };
+        // The index is in the plain basis.
+        let q = match self.pair.call.rotation.k {
+            0 => &*scratch.q,
+            block => {
+                scratch.plain.copy_from_slice(scratch.q);
+                scratch.plain.chunks_exact_mut(dk).for_each(|q| hadamard::rotate(q, block));
+                &*scratch.plain
+            }
+        };
         if spread != Spread::None {
-            scratch.q2.iter_mut().zip(scratch.q.iter()).for_each(|(q2, q)| *q2 = q * q);
+            scratch.q2.iter_mut().zip(q).for_each(|(q2, q)| *q2 = q * q);
         }
         for start in (from..to).step_by(BLOCK) {
             let n = BLOCK.min(to - start);
-            let mut rows = [std::ptr::null(); BLOCK];
             let tile = n.next_multiple_of(4);
+            // Rows repeat the last one up to a multiple of 4; those of the next block are fetched meanwhile.
+            let after = (start + BLOCK).min(to)..(start + 2 * BLOCK).min(to);
+            let block = |from: Rows<'_>| {
+                let (mut rows, mut next) = ([std::ptr::null(); BLOCK], [std::ptr::null(); BLOCK]);
+                rows[..tile].iter_mut().enumerate().for_each(|(j, r)| *r = from.get(start + j.min(n - 1)));
+                next.iter_mut().zip(after.clone()).for_each(|(r, i)| *r = from.get(i));
+                (rows, next)
+            };
             // SAFETY: each address is that of a row inside the view's slices, checked above by slicing.
             unsafe {
-                rows[..tile].iter_mut().enumerate().for_each(|(j, r)| *r = centroids.get(start + j.min(n - 1)));
-                dots(path, Source::F16, scratch.q, dk, &rows[..tile], &[], scratch.s);
+                let (rows, next) = block(centroids);
+                dots(path, Source::F16, q, dk, &rows[..tile], &next[..after.len()], scratch.s);
                 if spread == Spread::Diag {
-                    rows[..tile].iter_mut().enumerate().for_each(|(j, r)| *r = variances.get(start + j.min(n - 1)));
-                    dots(path, Source::U8, scratch.q2, dk, &rows[..tile], &[], scratch.s2);
+                    let (rows, next) = block(variances);
+                    dots(path, Source::U8, scratch.q2, dk, &rows[..tile], &next[..after.len()], scratch.s2);
                 }
             }
             let own = first + start..first + start + n;
@@ -100,7 +116,7 @@ impl Lookup<'_> {
                 *r = keys.get((self.binding.always[start + j.min(n - 1)] as usize).min(p.k.ne[1] - 1));
             }
             // SAFETY: the rows are in the cache.
-            unsafe { dots(self.pair.path, Source::F16, scratch.q, p.q.ne[0], &rows[..tile], &[], scratch.s) };
+            unsafe { dots(self.pair.path, p.k_type.into(), scratch.q, p.q.ne[0], &rows[..tile], &[], scratch.s) };
             for g in 0..p.n_group() {
                 // SAFETY: the caller grants the sinks' scores.
                 let sink = &mut unsafe { self.space.sink(g, n_sink) }[start..start + n];

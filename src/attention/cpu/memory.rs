@@ -193,6 +193,7 @@ pub(super) struct ScratchLayout {
     group: usize,
     dk: usize,
     q: usize,
+    plain: usize,
     q2: usize,
     s: usize,
     s2: usize,
@@ -203,7 +204,9 @@ pub(super) struct ScratchLayout {
 pub(super) struct Scratch<'a> {
     /// `[G][dk]`, the queries times the call's scale.
     pub(super) q: &'a mut [f32],
-    /// `[G][dk]`, their squares.
+    /// `[G][dk]`, the same in the index's basis, where the call's is another.
+    pub(super) plain: &'a mut [f32],
+    /// `[G][dk]`, the squares of those.
     pub(super) q2: &'a mut [f32],
     /// `[G][BLOCK]`.
     pub(super) s: &'a mut [f32],
@@ -217,6 +220,7 @@ impl ScratchLayout {
             group,
             dk,
             q: c.area::<f32>(group * dk),
+            plain: c.area::<f32>(group * dk),
             q2: c.area::<f32>(group * dk),
             s: c.area::<f32>(group * BLOCK),
             s2: c.area::<f32>(group * BLOCK),
@@ -234,6 +238,7 @@ impl ScratchLayout {
         let part = |from: usize, n: usize| unsafe { memory.slice(at + from, n) };
         let scratch = Scratch {
             q: part(self.q, self.group * self.dk),
+            plain: part(self.plain, self.group * self.dk),
             q2: part(self.q2, self.group * self.dk),
             s: part(self.s, self.group * BLOCK),
             s2: part(self.s2, self.group * BLOCK),
@@ -242,7 +247,7 @@ impl ScratchLayout {
     }
 }
 
-/// Rows of one head of a 16-bit K, V or mask array: an address and a step.
+/// Rows of one head of a K, V or mask array: an address and a step.
 #[derive(Clone, Copy)]
 pub(super) struct Rows<'a> {
     base: *const u8,
@@ -260,7 +265,7 @@ impl Rows<'_> {
     pub(super) fn get(&self, i: usize) -> *const u8 {
         self.base.wrapping_add(i * self.step)
     }
-    /// Bits of the 16-bit element i of the row at `base`.
+    /// Bits of element i of the row at `base`, if elements have 16 bits.
     ///
     /// # Safety
     /// The element is inside the array.

@@ -7,10 +7,14 @@
 mod attend;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod check;
 mod kernels;
 mod lookup;
 mod memory;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod plan;
 mod scalar;
 
@@ -30,42 +34,53 @@ pub enum Path {
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    /// AVX-512 F, BW, VL and DQ, and what `Avx2` has.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// Advanced SIMD, which every 64-bit ARM processor has.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
 }
 
 impl Path {
-    /// The best path of this processor; `GGML_SQUEEZE_CPU_PATH=scalar` forces the portable one. Decided once.
+    /// The best path of this processor, or the one that `GGML_SQUEEZE_CPU_PATH` (`scalar`, `avx2`, `avx512`, `neon`) names
+    /// if it is there. Decided once.
     pub fn detect() -> Path {
         static PATH: OnceLock<Path> = OnceLock::new();
         *PATH.get_or_init(|| {
-            if std::env::var("GGML_SQUEEZE_CPU_PATH").is_ok_and(|v| v == "scalar") {
-                return Path::Scalar;
-            }
-            Path::best()
+            let wanted = std::env::var("GGML_SQUEEZE_CPU_PATH").unwrap_or_default();
+            let all = Path::available();
+            all.iter().copied().find(|path| path.name() == wanted).unwrap_or(all[all.len() - 1])
         })
     }
 
-    #[cfg(target_arch = "x86_64")]
-    fn best() -> Path {
-        let all =
-            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
-        if all {
-            Path::Avx2
-        } else {
-            Path::Scalar
+    /// The paths that run on this processor, the best one last.
+    pub fn available() -> Vec<Path> {
+        #[allow(unused_mut)]
+        let mut all = vec![Path::Scalar];
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+            all.push(Path::Avx2);
+            let more = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+            if more && is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512dq") {
+                all.push(Path::Avx512);
+            }
         }
+        #[cfg(target_arch = "aarch64")]
+        all.push(Path::Neon);
+        all
     }
 
-    #[cfg(not(target_arch = "x86_64"))]
-    fn best() -> Path {
-        Path::Scalar
-    }
-
-    /// Name for people.
+    /// Name for people, and for `GGML_SQUEEZE_CPU_PATH`.
     pub fn name(self) -> &'static str {
         match self {
             Path::Scalar => "scalar",
             #[cfg(target_arch = "x86_64")]
-            Path::Avx2 => "avx2+fma+f16c",
+            Path::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512 => "avx512",
+            #[cfg(target_arch = "aarch64")]
+            Path::Neon => "neon",
         }
     }
 }
@@ -80,6 +95,10 @@ pub fn path() -> &'static str {
 pub enum Unsupported {
     #[error("{what} head size {size}: multiples of 8 from 64 to 256 are supported; such a layer stays dense")]
     HeadDim { what: &'static str, size: usize },
+    #[error("{what} head size {size} is no multiple of {block}, the block of {element}: such a layer stays dense")]
+    Block { what: &'static str, size: usize, element: &'static str, block: usize },
+    #[error("{what} is rotated in blocks of {block}, which must be a power of two that divides the head size {size}")]
+    Rotation { what: &'static str, block: usize, size: usize },
     #[error("{what} has a step of {step} bytes in dimension 0, {want} is needed: make it contiguous there")]
     Stride { what: &'static str, step: usize, want: usize },
     #[error("{what} has {got} elements in dimension {dim}, the call needs {want}: the tensors do not fit together")]

@@ -125,7 +125,7 @@ impl Plan {
         let kept_at = carver.area::<u32>(sparse_pairs);
         let counters = |n: usize| (0..if split { n } else { 0 }).map(|_| AtomicUsize::new(0)).collect();
         Ok(Plan {
-            path: options.path.unwrap_or_else(Path::detect),
+            path: options.path.filter(|path| Path::available().contains(path)).unwrap_or_else(Path::detect),
             schedule,
             n_threads,
             sparse,
@@ -336,10 +336,10 @@ impl Plan {
             let mut state = State::over(self.memory.slice(at, p.n_group() * (p.v.ne[0] + 2)), p.n_group());
             state.reset();
             let cells = self.cells(lookup);
-            attend(&pair, &cells, (0, cells.len()), &mut scratch, &mut state);
             if let (Cells::Listed { lookup, kept, .. }, true) = (&cells, self.call.selection.estimate) {
                 estimate(lookup, kept, &mut scratch, &mut state);
             }
+            attend(&pair, &cells, (0, cells.len()), &mut scratch, &mut state);
             state.finish(&pair);
         }
     }

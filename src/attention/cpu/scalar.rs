@@ -1,8 +1,46 @@
-//! Portable inner loops: what runs without AVX2, and what the AVX2 path is tested against. Contracts in `kernels`.
+//! Portable inner loops: what runs where no other path does, and what the others are tested against. Contracts in
+//! `kernels`.
 
-use half::f16;
+use half::{bf16, f16};
 
 use super::kernels::{Source, BLOCK};
+use super::HEAD_DIM_MAX;
+
+/// A row as f32.
+///
+/// # Safety
+/// `row` holds as many elements as `out`.
+unsafe fn decode(source: Source, row: *const u8, out: &mut [f32]) {
+    // SAFETY: elements below `out.len()` are inside the row.
+    unsafe {
+        match source {
+            Source::F32 => each(out, |i| row.cast::<f32>().add(i).read_unaligned()),
+            Source::F16 => each(out, |i| row.cast::<f16>().add(i).read_unaligned().to_f32()),
+            Source::BF16 => each(out, |i| row.cast::<bf16>().add(i).read_unaligned().to_f32()),
+            Source::U8 => each(out, |i| row.add(i).read() as f32),
+            Source::Q8_0 => {
+                for (b, out) in out.chunks_exact_mut(32).enumerate() {
+                    let block = row.add(34 * b);
+                    let d = block.cast::<f16>().read_unaligned().to_f32();
+                    each(out, |i| d * block.add(2 + i).cast::<i8>().read() as f32);
+                }
+            }
+            Source::Q4_0 => {
+                for (b, out) in out.chunks_exact_mut(32).enumerate() {
+                    let block = row.add(18 * b);
+                    let d = block.cast::<f16>().read_unaligned().to_f32();
+                    let (low, high) = out.split_at_mut(16);
+                    each(low, |i| d * ((block.add(2 + i).read() & 15) as f32 - 8.0));
+                    each(high, |i| d * ((block.add(2 + i).read() >> 4) as f32 - 8.0));
+                }
+            }
+        }
+    }
+}
+
+fn each(out: &mut [f32], value: impl Fn(usize) -> f32) {
+    out.iter_mut().enumerate().for_each(|(i, out)| *out = value(i));
+}
 
 /// # Safety
 /// See `kernels::dots`.
@@ -14,33 +52,34 @@ pub(super) unsafe fn dots(
     _next: &[*const u8],
     out: &mut [f32],
 ) {
+    let mut buffer = [0.0; HEAD_DIM_MAX];
+    let k = &mut buffer[..d];
     for (r, row) in rows.iter().enumerate() {
+        // SAFETY: a row holds `d` elements.
+        unsafe { decode(source, *row, k) };
         for (g, q) in q.chunks_exact(d).enumerate() {
-            let mut sum = 0.0;
-            for (i, q) in q.iter().enumerate() {
-                // SAFETY: a row holds `d` elements.
-                sum += q * unsafe {
-                    match source {
-                        Source::F16 => row.cast::<f16>().add(i).read_unaligned().to_f32(),
-                        Source::U8 => row.add(i).read() as f32,
-                    }
-                };
-            }
-            out[g * BLOCK + r] = sum;
+            out[g * BLOCK + r] = weighted_sum(q, k);
         }
     }
 }
 
 /// # Safety
 /// See `kernels::accumulate`.
-pub(super) unsafe fn accumulate(p: &[f32], d: usize, rows: &[*const u8], _next: &[*const u8], acc: &mut [f32]) {
+pub(super) unsafe fn accumulate(
+    source: Source,
+    p: &[f32],
+    d: usize,
+    rows: &[*const u8],
+    _next: &[*const u8],
+    acc: &mut [f32],
+) {
+    let mut buffer = [0.0; HEAD_DIM_MAX];
+    let v = &mut buffer[..d];
     for (r, row) in rows.iter().enumerate() {
-        for i in 0..d {
-            // SAFETY: a row holds `d` elements.
-            let v = unsafe { row.cast::<f16>().add(i).read_unaligned() }.to_f32();
-            for (g, acc) in acc.chunks_exact_mut(d).enumerate() {
-                acc[i] += p[g * BLOCK + r] * v;
-            }
+        // SAFETY: a row holds `d` elements.
+        unsafe { decode(source, *row, v) };
+        for (g, acc) in acc.chunks_exact_mut(d).enumerate() {
+            add_scaled(acc, v, p[g * BLOCK + r]);
         }
     }
 }
@@ -63,7 +102,7 @@ pub(super) fn cap(s: &mut [f32], cap: f32) {
 }
 
 pub(super) fn weighted_sum(a: &[f32], b: &[f32]) -> f32 {
-    // Eight sums, as the vector path has them: one long f32 sum would lose digits.
+    // Eight sums, as the vector paths have them: one long f32 sum would lose digits.
     let mut sums = [0.0f32; 8];
     for (a, b) in a.chunks(8).zip(b.chunks(8)) {
         for (sum, (a, b)) in sums.iter_mut().zip(a.iter().zip(b)) {
