@@ -71,6 +71,7 @@ fn shapes() -> String {
         )
     };
     let rest = "sketch.k_dims I32 8\nsketch.v_dims I32 6\nsketch.k F16 8 24\nsketch.v F16 6 24\n\
+                sketch.k_peaks F16 1 24\nsketch.v_peaks F16 1 24\n\
                 probe.1.tokens I32 4\nprobe.1.k F16 8 4\n";
     [layer(0), layer(1), rest.to_string()].concat()
 }
