@@ -275,4 +275,4 @@ pub fn always_cells(cells: &[u32], n_sink: usize, n_window: usize, n_kv: usize) 
 
 #[cfg(test)]
 #[path = "binding_tests.rs"]
-mod tests;
+pub mod tests;

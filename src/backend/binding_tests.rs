@@ -15,8 +15,8 @@ use crate::build::{probe, sketch, LayerCapture};
 use crate::index::sample::sample_parts;
 use crate::index::{to_bytes, Index};
 
-const N_PREFIX: usize = 90;
-const N_CELL: usize = 256;
+pub const N_PREFIX: usize = 90;
+pub const N_CELL: usize = 256;
 const HEADS: usize = 2;
 
 /// Nearly normal numbers.
@@ -30,14 +30,14 @@ fn moved(row: &[f32], apart: f32, rng: &mut StdRng) -> Vec<f32> {
 }
 
 /// K and V of a prefix in one layer, in the plain basis, and the index made of them.
-struct Prefix {
+pub struct Prefix {
     k: Vec<Vec<f32>>,
     v: Vec<Vec<f32>>,
-    matcher: Matcher,
+    pub matcher: Matcher,
 }
 
 impl Prefix {
-    fn new(seed: u64, n: usize, dim: usize) -> Prefix {
+    pub fn new(seed: u64, n: usize, dim: usize) -> Prefix {
         let rng = &mut StdRng::seed_from_u64(seed);
         let mut rows = || -> Vec<Vec<f32>> { (0..n).map(|_| gaussian(HEADS * dim, rng)).collect() };
         let (k, v) = (rows(), rows());
@@ -69,17 +69,17 @@ impl Prefix {
     }
 }
 
-struct Cache {
-    k: Vec<u8>,
-    v: Vec<u8>,
+pub struct Cache {
+    pub k: Vec<u8>,
+    pub v: Vec<u8>,
     k_type: Element,
     v_type: Element,
-    len: usize,
+    pub len: usize,
 }
 
 impl Cache {
     /// Random rows, with the prefix in `cells`.
-    fn new(p: &Prefix, [k_type, v_type]: [Element; 2], cells: &[u32], rng: &mut StdRng) -> Cache {
+    pub fn new(p: &Prefix, [k_type, v_type]: [Element; 2], cells: &[u32], rng: &mut StdRng) -> Cache {
         let len = p.k[0].len();
         let mut cache = Cache { k: Vec::new(), v: Vec::new(), k_type, v_type, len };
         for _ in 0..N_CELL {

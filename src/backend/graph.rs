@@ -407,3 +407,7 @@ impl Instance {
         self.caches.search(snapshot, stream, &visible, writes)
     }
 }
+
+#[cfg(test)]
+#[path = "graph_tests.rs"]
+mod tests;
