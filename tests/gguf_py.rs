@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use ggml_squeeze::index::sample::{add_coarse, sample_parts};
-use ggml_squeeze::index::{to_bytes, IndexParts};
+use ggml_squeeze::index::{to_bytes, IndexParts, FORMAT_VERSION};
 
 const GGUF: &str = "gguf==0.19.0";
 
@@ -41,7 +41,7 @@ fn expected(parts: &IndexParts) -> Vec<(String, Vec<u8>)> {
     let members: Vec<u16> = layer.members.iter().map(|m| *m as u16).collect();
     [
         ("key.general.type", b"squeeze-index".to_vec()),
-        ("key.squeeze.version", 1u32.to_le_bytes().to_vec()),
+        ("key.squeeze.version", FORMAT_VERSION.to_le_bytes().to_vec()),
         ("key.squeeze.model.name", meta.model.name.clone().into_bytes()),
         ("key.squeeze.rope.freq_base", meta.rope.freq_base.to_le_bytes().to_vec()),
         ("key.squeeze.prefix.tokens", words(&meta.tokens, i32::to_le_bytes)),
@@ -56,6 +56,7 @@ fn expected(parts: &IndexParts) -> Vec<(String, Vec<u8>)> {
         ("tensor.blk.1.members", words(&members, u16::to_le_bytes)),
         ("tensor.blk.1.coarse_centroids", half(&layer.coarse_centroids)),
         ("tensor.sketch.k", half(&parts.sketch.k)),
+        ("tensor.sketch.v_peaks", half(&parts.sketch.v_peaks)),
         ("tensor.probe.1.k", half(&parts.probes[0].k)),
     ]
     .map(|(name, bytes)| (name.to_string(), bytes))
@@ -71,6 +72,7 @@ fn shapes() -> String {
         )
     };
     let rest = "sketch.k_dims I32 8\nsketch.v_dims I32 6\nsketch.k F16 8 24\nsketch.v F16 6 24\n\
+                sketch.k_peaks F16 1 24\nsketch.v_peaks F16 1 24\n\
                 probe.1.tokens I32 4\nprobe.1.k F16 8 4\n";
     [layer(0), layer(1), rest.to_string()].concat()
 }
@@ -92,5 +94,5 @@ fn gguf_py_reads_what_was_written() {
 
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gguf_py.py");
     let said = run(Command::new(python()).arg(script).arg(&index).arg(&wanted));
-    assert_eq!(said.trim(), format!("{} arrays and 24 shapes agree", arrays.len()));
+    assert_eq!(said.trim(), format!("{} arrays and 26 shapes agree", arrays.len()));
 }

@@ -155,7 +155,7 @@ pub fn make(args: &BuildArgs) -> Result<Report> {
     let mut parts = IndexParts {
         meta: meta(&model, args, &settings, tokens)?,
         layers: Vec::new(),
-        sketch: SketchParts { layer: 0, k_dims: vec![], v_dims: vec![], k: vec![], v: vec![] },
+        sketch: SketchParts::default(),
         probes: Vec::new(),
     };
     let capture = context.capture().context("the context was made with a capture")?;

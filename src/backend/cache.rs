@@ -4,7 +4,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::binding::{always_cells, CacheRows, Matcher};
+use super::binding::{always_cells, Matcher};
+use super::rows::CacheRows;
 use super::runtime::{count, Snapshot};
 use super::stats::log;
 use super::tensor::{cache_rows, Tensor};
@@ -63,8 +64,7 @@ fn guard_layer(matcher: &Matcher) -> u32 {
 }
 
 fn bytes_of(rows: &CacheRows, cell: usize) -> Vec<u8> {
-    let (k, v) = (rows.k_row(cell), rows.v_row(cell));
-    k.iter().chain(v).flat_map(|x| x.to_bits().to_ne_bytes()).collect()
+    [rows.k_row(cell).bytes, rows.v_row(cell).bytes].concat()
 }
 
 impl Caches {
@@ -146,7 +146,7 @@ impl Caches {
             let n = bound.cells.len();
             let same = |t: usize| {
                 let cell = bound.cells[t] as usize;
-                cell < rows.n_cell && matcher.matches(t, &rows, cell)
+                cell < rows.n_cell && matcher.fits(&rows) && matcher.matches(t, &rows, cell)
             };
             let mut sample = (0..ROTATING_SAMPLE).map(|j| (bound.next_sample + j) % n);
             if !(sample.all(same) && same(matcher.last_clustered())) {

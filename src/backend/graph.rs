@@ -4,12 +4,12 @@
 use std::ffi::{c_int, c_void};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use ggml_sys as sys;
 
 use super::cache::{Caches, Writes, MAX_SEARCHES};
-use super::runtime::{count, Snapshot};
+use super::runtime::{count, Loaded, Snapshot};
 use super::stats::Reason;
 use super::tensor::{problem, Half, Tensor};
 use crate::attention::cpu::Plan;
@@ -153,6 +153,19 @@ impl Rewrite {
     }
 }
 
+/// Is this a quantised cache that llama.cpp was told not to rotate? Then its rows are not what an index's sketch is of.
+fn unrotated(problem: &Problem, snapshot: &Snapshot) -> bool {
+    static DISABLED: OnceLock<bool> = OnceLock::new();
+    let read = || std::env::var("LLAMA_ATTN_ROT_DISABLE").is_ok_and(|v| v.trim().parse::<i32>().is_ok_and(|n| n != 0));
+    let turned = |l: &Loaded| l.matcher.rotation(problem.k_type, problem.v_type) != Rotation::default();
+    *DISABLED.get_or_init(read) && snapshot.indexes.iter().any(turned)
+}
+
+fn whole_blocks(problem: &Problem, rotation: Rotation) -> bool {
+    let whole = |size: usize, block: usize| block == 0 || size % block == 0;
+    whole(problem.k.ne[0], rotation.k) && whole(problem.v.ne[0], rotation.v)
+}
+
 impl Instance {
     /// The graph to compute instead of `graph`, or `None` where nothing is ours: then the caller passes it through as it is.
     pub fn rewrite(&mut self, graph: &[*mut sys::ggml_tensor], snapshot: &Snapshot) -> Option<Rewrite> {
@@ -271,6 +284,9 @@ impl Instance {
         if problem.max_bias != 0.0 {
             return Err(Reason::Alibi);
         }
+        if unrotated(&problem, snapshot) {
+            return Err(Reason::Basis);
+        }
         let mask = node.src(3).ok_or(Reason::Mask)?;
         let first_stream = k.offset_in(root) / root.raw().nb[2].max(1);
         let key = (mask.address(), first_stream, problem.k.ne[1]);
@@ -287,8 +303,12 @@ impl Instance {
         if bindings.iter().any(|b| b.index.layer(layer).is_none()) {
             return Err(Reason::Layer);
         }
-        let selection = snapshot.indexes[number].selection;
-        let (rows_of_call, rotation) = (rows.clone(), Rotation::default());
+        let loaded = &snapshot.indexes[number];
+        let (selection, rotation) = (loaded.selection, loaded.matcher.rotation(problem.k_type, problem.v_type));
+        if !whole_blocks(&problem, rotation) {
+            return Err(Reason::Shape);
+        }
+        let rows_of_call = rows.clone();
         let call =
             Call { problem, layer, rows: rows_of_call, bindings: bindings.clone(), selection, rotation, tile: 1 };
         let plan = Plan::new(call, self.n_threads).map_err(|_| Reason::Kernel)?;
@@ -337,9 +357,12 @@ impl Instance {
                 });
             }
         }
-        // one call has one selection: rows of an index with other thresholds than the first stay dense
-        let selection = |u: usize| snapshot.indexes[self.caches.bound[u].index_number].selection;
-        let differs: Vec<bool> = used.iter().map(|&u| selection(u) != selection(used[0])).collect();
+        // one call has one selection and one basis: rows of an index with others than the first's stay dense
+        let of = |u: usize| {
+            let loaded = &snapshot.indexes[self.caches.bound[u].index_number];
+            (loaded.selection, loaded.matcher.rotation(problem.k_type, problem.v_type))
+        };
+        let differs: Vec<bool> = used.iter().map(|&u| of(u) != of(used[0])).collect();
         for row in &mut rows {
             if matches!(row, Row::Sparse(n) if differs[*n as usize]) {
                 *row = Row::Dense;
@@ -384,3 +407,7 @@ impl Instance {
         self.caches.search(snapshot, stream, &visible, writes)
     }
 }
+
+#[cfg(test)]
+#[path = "graph_tests.rs"]
+mod tests;

@@ -5,6 +5,7 @@ mod cache;
 mod graph;
 mod hook;
 mod plugin;
+mod rows;
 mod runtime;
 mod stats;
 mod tensor;

@@ -10,8 +10,10 @@ pub enum Reason {
     NoCache,
     /// The layer is not in the index (sliding window, recurrent, MLA).
     Layer,
-    /// K or V is not F16, or a tensor is not in host memory.
+    /// K or V is not F32, F16, BF16, Q8_0 or Q4_0, or a tensor is not in host memory.
     Type,
+    /// A quantised cache in the plain basis (LLAMA_ATTN_ROT_DISABLE), where no index is looked for.
+    Basis,
     /// ALiBi.
     Alibi,
     /// Shapes differ from the index's.
@@ -30,6 +32,7 @@ impl Reason {
             Reason::NoCache => "no cache",
             Reason::Layer => "layer not indexed",
             Reason::Type => "type",
+            Reason::Basis => "quantised without rotation",
             Reason::Alibi => "alibi",
             Reason::Shape => "shape",
             Reason::Mask => "mask",

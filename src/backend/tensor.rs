@@ -4,7 +4,7 @@ use std::ffi::CStr;
 
 use ggml_sys as sys;
 
-use super::binding::CacheRows;
+use super::rows::{CacheRows, Rows};
 use super::stats::Reason;
 use crate::attention::{Array, Element, Problem};
 
@@ -80,6 +80,18 @@ impl Tensor {
             || op == sys::GGML_OP_TRANSPOSE
     }
 
+    /// Type of K or V; `None` for one that we do not compute with.
+    pub fn element(&self) -> Option<Element> {
+        match self.raw().type_ {
+            sys::GGML_TYPE_F32 => Some(Element::F32),
+            sys::GGML_TYPE_F16 => Some(Element::F16),
+            sys::GGML_TYPE_BF16 => Some(Element::BF16),
+            sys::GGML_TYPE_Q8_0 => Some(Element::Q8_0),
+            sys::GGML_TYPE_Q4_0 => Some(Element::Q4_0),
+            _ => None,
+        }
+    }
+
     pub fn is_f16(&self) -> bool {
         self.raw().type_ == sys::GGML_TYPE_F16
     }
@@ -140,29 +152,30 @@ impl Tensor {
     }
 }
 
-/// Rows of one stream of a layer's cache; `None` where it is not F16 rows in memory.
+/// Rows of one stream of a layer's cache; `None` where it is not rows of a known type in memory.
 pub fn cache_rows(k_root: Tensor, v_root: Tensor, stream: usize) -> Option<CacheRows> {
-    let (k, v) = (k_root.raw(), v_root.raw());
-    let plain = |t: Tensor| t.is_f16() && t.has_data() && t.raw().nb[0] == 2 && t.ne()[3] == 1 && stream < t.ne()[2];
-    if !plain(k_root) || !plain(v_root) || k_root.ne()[1] != v_root.ne()[1] {
+    let (k, v) = (half_rows(k_root, stream)?, half_rows(v_root, stream)?);
+    let n_cell = k_root.ne()[1];
+    (n_cell == v_root.ne()[1]).then_some(CacheRows { k, v, n_cell })
+}
+
+fn half_rows(root: Tensor, stream: usize) -> Option<Rows> {
+    let element = root.element()?;
+    let (ne, nb) = (root.ne(), root.raw().nb);
+    let rows = nb[0] == element.block_bytes() && ne[0] % element.block() == 0 && ne[3] == 1 && stream < ne[2];
+    if !rows || !root.has_data() {
         return None;
     }
-    Some(CacheRows {
-        k: k.data.cast::<u8>().wrapping_add(stream * k.nb[2]),
-        v: v.data.cast::<u8>().wrapping_add(stream * v.nb[2]),
-        k_stride: k.nb[1],
-        v_stride: v.nb[1],
-        k_len: k_root.ne()[0],
-        v_len: v_root.ne()[0],
-        n_cell: k_root.ne()[1],
-    })
+    let data = root.raw().data.cast::<u8>().wrapping_add(stream * nb[2]);
+    Some(Rows { data, stride: nb[1], len: ne[0], element })
 }
 
 /// The call that a FLASH_ATTN_EXT node describes.
 pub fn problem(node: Tensor) -> Result<Problem, Reason> {
     let (Some(q), Some(k), Some(v)) = (node.src(0), node.src(1), node.src(2)) else { return Err(Reason::Shape) };
     let (mask, sinks) = (node.src(3), node.src(4));
-    let typed = q.is_f32() && k.is_f16() && v.is_f16() && node.is_f32() && mask.is_none_or(|m| m.is_f16());
+    let (Some(k_type), Some(v_type)) = (k.element(), v.element()) else { return Err(Reason::Type) };
+    let typed = q.is_f32() && node.is_f32() && mask.is_none_or(|m| m.is_f16());
     let plain_sinks = sinks.is_none_or(|s| s.is_f32() && s.raw().nb[0] == 4);
     let present = [Some(q), Some(k), Some(v), Some(node), mask, sinks].iter().flatten().all(Tensor::has_data);
     if !(typed && plain_sinks && present) {
@@ -175,8 +188,8 @@ pub fn problem(node: Tensor) -> Result<Problem, Reason> {
         q: q.array(),
         k: k.array(),
         v: v.array(),
-        k_type: Element::F16,
-        v_type: Element::F16,
+        k_type,
+        v_type,
         mask: mask.map(|m| m.array()),
         sinks: sinks.map(|s| s.raw().data.cast::<f32>() as *const f32),
         dst: node.array(),

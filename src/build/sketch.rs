@@ -3,14 +3,17 @@
 
 use std::collections::HashMap;
 
-use half::f16;
+use half::prelude::*;
 
 use super::{BuildError, LayerCapture, Settings};
-use crate::index::{ProbeParts, SketchParts};
+use crate::attention::hadamard::rotate;
+use crate::index::{peak_run, ProbeParts, SketchParts, PEAK_RUN};
 use crate::random::split_mix;
 
 /// Elements kept of a K row and of a V row: 16 bytes each.
 const DIMS: usize = 16;
+/// Peaks kept of a K row and of a V row, at most.
+const PEAKS: usize = 8;
 /// Pairs of rows that the choice of elements is based on.
 const PAIRS: usize = 2048;
 /// Fewer pairs of the same token than this say too little about positions.
@@ -35,6 +38,7 @@ pub struct SketchMargin {
 ///
 /// The elements are those that best separate the hardest of many pairs of rows: for V, pairs of different rows; for K,
 /// the same token (an equal V row, which in layer 0 is the same token) at different positions, near ones first.
+/// Up to 8 peaks of each row are added, for quantised caches.
 ///
 /// # Errors
 /// `Shape` and `NonFinite` for a bad capture; `TooShort` for one of no tokens.
@@ -53,7 +57,34 @@ pub fn sketch(capture: &LayerCapture) -> Result<SketchParts, BuildError> {
     let v_dims = separating_dims(&capture.v, row_v, &token_pairs(&groups));
     let k = take(&capture.k, row_k, &k_dims);
     let v = take(&capture.v, row_v, &v_dims);
-    Ok(SketchParts { layer: capture.layer, k_dims, v_dims, k, v })
+    let (k_block, v_block) = cache_blocks(capture.head_dim_k, capture.head_dim_v);
+    let k_peaks = peaks(&capture.k, row_k, k_block as usize);
+    let v_peaks = peaks(&capture.v, row_v, v_block as usize);
+    Ok(SketchParts { layer: capture.layer, k_dims, v_dims, k, v, k_block, v_block, k_peaks, v_peaks })
+}
+
+/// Sizes of the Hadamard blocks in which llama.cpp turns K and V of these head sizes before it quantises them (`n_rot_k` and
+/// `n_rot_v` in llama-kv-cache.cpp): for heads of whole 64s, the largest power of two that divides the head for K, and 64 for V.
+fn cache_blocks(head_dim_k: u32, head_dim_v: u32) -> (u32, u32) {
+    let turned = |dim: u32| dim > 0 && dim % 64 == 0;
+    let k = if turned(head_dim_k) { 1 << head_dim_k.trailing_zeros() } else { 0 };
+    (k, if turned(head_dim_v) { 64 } else { 0 })
+}
+
+/// Largest magnitudes in up to `PEAKS` runs of every row, after the transform.
+fn peaks(data: &[f16], row: usize, block: usize) -> Vec<f16> {
+    let n_run = row.div_ceil(PEAK_RUN);
+    let n_peak = n_run.min(PEAKS);
+    let mut turned = vec![0.0; row];
+    let mut out = Vec::with_capacity(data.len() / row * n_peak);
+    for raw in data.chunks_exact(row) {
+        raw.convert_to_f32_slice(&mut turned);
+        rotate(&mut turned, block);
+        let largest = |run: &[f32]| run.iter().fold(0f32, |m, x| m.max(x.abs())).min(f16::MAX.to_f32());
+        let run = |i: usize| turned.chunks(PEAK_RUN).nth(peak_run(i, n_peak, n_run)).unwrap_or_default();
+        out.extend((0..n_peak).map(|i| f16::from_f32(largest(run(i)))));
+    }
+    out
 }
 
 /// Raw K rows of `tokens`.

@@ -85,6 +85,38 @@ fn stored_elements_are_the_raw_ones() {
 }
 
 #[test]
+fn blocks_are_those_of_llama_cpp() {
+    let cases = [(64, 64), (128, 128), (192, 64), (256, 256), (80, 0), (96, 0), (32, 0), (320, 64)];
+    for (dim, k) in cases {
+        assert_eq!(cache_blocks(dim, dim), (k, if dim % 64 == 0 { 64 } else { 0 }));
+    }
+}
+
+#[test]
+fn peaks_are_the_largest_elements_after_the_transform() {
+    let c = rotary(&text()[..30]);
+    let s = sketch(&c).unwrap();
+    assert_eq!((s.k_block, s.v_block, s.k_peaks.len()), (64, 64, 30 * 4));
+    let mut row: Vec<f32> = c.k[7 * 128..8 * 128].iter().map(|x| x.to_f32()).collect();
+    rotate(&mut row, 64);
+    for (run, peak) in row.chunks(32).zip(&s.k_peaks[7 * 4..]) {
+        let largest = run.iter().fold(0f32, |m, x| m.max(x.abs()));
+        assert!((peak.to_f32() - largest).abs() <= largest / 2048.0);
+    }
+    // Plain heads: the raw elements. 24 runs of 32 are thinned out to 8.
+    let mut c = capture(5, 1, 32, 1, 3);
+    let s = sketch(&c).unwrap();
+    assert_eq!((s.k_block, s.v_block, s.k_peaks.len()), (0, 0, 5 * 8));
+    let largest = |run: &[f16]| run.iter().map(|x| x.to_f32().abs()).fold(0.0, f32::max);
+    assert_eq!(s.k_peaks[1].to_f32(), largest(&c.k[3 * 32..4 * 32]));
+    // What does not fit half precision stays finite.
+    c.k.fill(f16::MAX);
+    (c.n_head_kv, c.head_dim_k, c.k) = (1, 768, c.k);
+    c.v.truncate(5 * 20);
+    assert!(sketch(&c).unwrap().k_peaks.iter().all(|x| x.is_finite()));
+}
+
+#[test]
 fn elements_that_never_change_are_not_chosen() {
     let mut c = capture(200, 1, 1, 1, 3);
     for p in 0..200 {

@@ -75,9 +75,9 @@ pub(super) fn put(out: &mut Writer, header: &Header) {
     }
     out.array(SCALE_KEY, F32, &shapes.iter().map(|shape| shape.scale).collect::<Vec<_>>());
 
-    out.scalar("squeeze.sketch.layer", U32, sketch.layer.to_le_bytes());
-    out.scalar("squeeze.sketch.n_k", U32, sketch.n_k.to_le_bytes());
-    out.scalar("squeeze.sketch.n_v", U32, sketch.n_v.to_le_bytes());
+    for (key, get) in SKETCH_KEYS {
+        out.scalar(key, U32, get(&mut sketch.clone()).to_le_bytes());
+    }
     for (key, get) in PROBE_KEYS {
         out.array(key, U32, &probes.iter().map(|probe| *get(&mut probe.clone())).collect::<Vec<_>>());
     }
@@ -100,6 +100,15 @@ const SHAPE_KEYS: [Column<LayerShape>; 7] = [
 ];
 const SCALE_KEY: &str = "squeeze.layer.scale";
 
+const SKETCH_KEYS: [Column<SketchShape>; 7] = [
+    ("squeeze.sketch.layer", |sketch| &mut sketch.layer),
+    ("squeeze.sketch.n_k", |sketch| &mut sketch.n_k),
+    ("squeeze.sketch.n_v", |sketch| &mut sketch.n_v),
+    ("squeeze.sketch.k_block", |sketch| &mut sketch.k_block),
+    ("squeeze.sketch.v_block", |sketch| &mut sketch.v_block),
+    ("squeeze.sketch.n_k_peak", |sketch| &mut sketch.n_k_peak),
+    ("squeeze.sketch.n_v_peak", |sketch| &mut sketch.n_v_peak),
+];
 const PROBE_KEYS: [Column<ProbeShape>; 3] = [
     ("squeeze.probe.layer", |probe| &mut probe.layer),
     ("squeeze.probe.n_token", |probe| &mut probe.n_token),
@@ -116,6 +125,8 @@ const EMPTY_SHAPE: LayerShape = LayerShape {
     n_coarse: 0,
     scale: 0.0,
 };
+const EMPTY_SKETCH: SketchShape =
+    SketchShape { layer: 0, n_k: 0, n_v: 0, k_block: 0, v_block: 0, n_k_peak: 0, n_v_peak: 0 };
 const EMPTY_PROBE: ProbeShape = ProbeShape { layer: 0, n_token: 0, row: 0 };
 
 /// Most rows of any table (layers, probes, calibration), so that small structs cannot be made many by a hostile file.
@@ -164,11 +175,10 @@ pub(super) fn get(bytes: &[u8], n_kv: u64) -> Result<Header, IndexError> {
     let calibration = columns.rows(shapes.len())?;
     let meta = IndexMeta { model, rope, n_layer, tokens, n_sink, n_window, build, calibration, dense_layers };
 
-    let sketch = SketchShape {
-        layer: keys.u32("squeeze.sketch.layer")?,
-        n_k: keys.u32("squeeze.sketch.n_k")?,
-        n_v: keys.u32("squeeze.sketch.n_v")?,
-    };
+    let mut sketch = EMPTY_SKETCH;
+    for (key, get) in SKETCH_KEYS {
+        *get(&mut sketch) = keys.u32(key)?;
+    }
     let probes = keys.table(&PROBE_KEYS, EMPTY_PROBE)?;
     keys.next(CHECKSUMS_KEY, ARRAY)?;
     keys.next(SEAL_KEY, U64)?;

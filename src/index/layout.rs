@@ -9,6 +9,10 @@ pub(super) struct SketchShape {
     pub layer: u32,
     pub n_k: u32,
     pub n_v: u32,
+    pub k_block: u32,
+    pub v_block: u32,
+    pub n_k_peak: u32,
+    pub n_v_peak: u32,
 }
 
 /// Shape of the probe of one layer: `n_token` rows of `row` elements.
@@ -56,7 +60,7 @@ impl Spec {
 /// Tensors of one layer without the coarse level, and with it.
 pub(super) const LAYER_TENSORS: usize = 7;
 const COARSE_TENSORS: usize = 2;
-pub(super) const SKETCH_TENSORS: usize = 4;
+pub(super) const SKETCH_TENSORS: usize = 6;
 pub(super) const PROBE_TENSORS: usize = 2;
 
 pub(super) fn layer_tensors(shape: &LayerShape) -> usize {
@@ -103,13 +107,16 @@ impl Header {
     }
 
     fn sketch_specs(&self) -> [Spec; SKETCH_TENSORS] {
-        let [n_k, n_v] = [self.sketch.n_k, self.sketch.n_v].map(u64::from);
+        let SketchShape { n_k, n_v, n_k_peak, n_v_peak, .. } = self.sketch;
+        let [n_k, n_v, n_k_peak, n_v_peak] = [n_k, n_v, n_k_peak, n_v_peak].map(u64::from);
         let n_prefix = self.meta.n_prefix() as u64;
         [
             Spec::new("sketch.k_dims".into(), Type::I32, [n_k]),
             Spec::new("sketch.v_dims".into(), Type::I32, [n_v]),
             Spec::new("sketch.k".into(), Type::F16, [n_k, n_prefix]),
             Spec::new("sketch.v".into(), Type::F16, [n_v, n_prefix]),
+            Spec::new("sketch.k_peaks".into(), Type::F16, [n_k_peak, n_prefix]),
+            Spec::new("sketch.v_peaks".into(), Type::F16, [n_v_peak, n_prefix]),
         ]
     }
 }

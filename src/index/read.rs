@@ -128,6 +128,10 @@ impl Index {
             v_dims: self.tensor(t + 1),
             k: self.tensor(t + 2),
             v: self.tensor(t + 3),
+            k_block: self.header.sketch.k_block,
+            v_block: self.header.sketch.v_block,
+            k_peaks: self.tensor(t + 4),
+            v_peaks: self.tensor(t + 5),
         }
     }
 

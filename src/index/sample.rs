@@ -133,8 +133,15 @@ pub fn sample_parts(
 
     let (row_k, row_v) = (n_head_kv * dk, n_head_kv * dv);
     let (k_dims, v_dims) = (random.choose(row_k, row_k.min(8)), random.choose(row_v, row_v.min(8)));
+    let runs = |row: usize| row.div_ceil(PEAK_RUN).min(8);
+    let mut peaks = |n: usize| -> Vec<f16> { (0..n).map(|_| f16::from_f32(random.unit().abs())).collect() };
+    let (k_peaks, v_peaks) = (peaks(n_prefix * runs(row_k)), peaks(n_prefix * runs(row_v)));
     let sketch = SketchParts {
         layer: 0,
+        k_block: if dk % 64 == 0 { 64 } else { 0 },
+        v_block: if dv % 64 == 0 { 64 } else { 0 },
+        k_peaks,
+        v_peaks,
         k: random.halves(n_prefix * k_dims.len()),
         v: random.halves(n_prefix * v_dims.len()),
         k_dims,
@@ -188,5 +195,6 @@ pub fn touch(index: &super::Index) -> u64 {
     }
     let sketch = index.sketch();
     sum += words(sketch.k_dims) + words(sketch.v_dims) + halves(sketch.k) + halves(sketch.v);
+    sum += halves(sketch.k_peaks) + halves(sketch.v_peaks);
     sum + index.probes().iter().map(|p| words(p.tokens) + halves(p.k)).sum::<u64>()
 }

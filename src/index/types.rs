@@ -4,11 +4,19 @@
 use half::f16;
 
 /// Version of the file layout; a reader refuses any other.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// Largest relative distance (L2, in units of the row's norm, at least a quarter of the usual norm) between a prefix token's
 /// sketch and the cache row that is taken for it. Two tokens or positions of a prefix must be at least twice as far apart.
 pub const SKETCH_TOLERANCE: f32 = 0.03;
+
+/// Elements that one peak of a sketch stands for: ggml's quantised cache types have one scale per so many.
+pub const PEAK_RUN: usize = 32;
+
+/// The run of `PEAK_RUN` elements, out of the `n_run` of a row, that peak `i` of `n_peak` belongs to: spread evenly.
+pub fn peak_run(i: usize, n_peak: usize, n_run: usize) -> usize {
+    i * n_run / n_peak.max(1)
+}
 
 /// Which model the index was made with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -128,8 +136,12 @@ pub struct LayerParts {
     pub coarse_offsets: Vec<u32>,
 }
 
-/// Fingerprint of every prefix token in the cache: some raw elements of its K and V row in one layer.
-#[derive(Clone, Debug, PartialEq)]
+/// Fingerprint of every prefix token in the cache: some raw elements of its K and V row in one layer, and for quantised
+/// caches, whose elements are too coarse to tell tokens apart, some peaks.
+///
+/// A peak is the largest magnitude in a run of 32 elements ([`peak_run`]) of the row in the basis of a quantised cache: each
+/// block of `k_block` or `v_block` elements multiplied by the Hadamard matrix. The scale of a quantised run gives it exactly.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct SketchParts {
     pub layer: u32,
     /// Elements of the whole K row (`n_head_kv * head_dim_k`) that are kept, ascending.
@@ -139,6 +151,13 @@ pub struct SketchParts {
     pub k: Vec<f16>,
     /// `[P][v_dims.len()]`.
     pub v: Vec<f16>,
+    /// Elements that llama.cpp mixes with each other before it quantises a K row: a power of two that divides the head size;
+    /// 0: it mixes none.
+    pub k_block: u32,
+    pub v_block: u32,
+    /// `[P][n]`, at least one per token, at most one per run.
+    pub k_peaks: Vec<f16>,
+    pub v_peaks: Vec<f16>,
 }
 
 /// Whole raw K rows of later layers, compared with a tolerance: another model, a LoRA or a control vector shows here.
@@ -249,6 +268,10 @@ pub struct SketchView<'a> {
     pub v_dims: &'a [u32],
     pub k: &'a [f16],
     pub v: &'a [f16],
+    pub k_block: u32,
+    pub v_block: u32,
+    pub k_peaks: &'a [f16],
+    pub v_peaks: &'a [f16],
 }
 
 /// Probe rows, borrowed.
@@ -257,6 +280,23 @@ pub struct ProbeView<'a> {
     pub layer: u32,
     pub tokens: &'a [u32],
     pub k: &'a [f16],
+}
+
+impl SketchParts {
+    /// The same sketch as a view.
+    pub fn view(&self) -> SketchView<'_> {
+        SketchView {
+            layer: self.layer,
+            k_dims: &self.k_dims,
+            v_dims: &self.v_dims,
+            k: &self.k,
+            v: &self.v,
+            k_block: self.k_block,
+            v_block: self.v_block,
+            k_peaks: &self.k_peaks,
+            v_peaks: &self.v_peaks,
+        }
+    }
 }
 
 impl LayerParts {

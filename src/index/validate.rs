@@ -4,7 +4,7 @@ use half::f16;
 
 use super::error::ensure;
 use super::keys::MAX_ROWS;
-use super::layout::{Header, ProbeShape};
+use super::layout::{Header, ProbeShape, SketchShape};
 use super::types::*;
 use super::IndexError;
 
@@ -53,6 +53,7 @@ pub(super) fn header(header: &Header) -> Result<(), IndexError> {
         sketch.n_k,
         sketch.n_v
     );
+    check_peaks(shapes, sketch)?;
     ensure!(probes.len() <= MAX_ROWS, "there are {} probes", probes.len());
     ensure!(ascending(probes.iter().map(|p| p.layer)), "layers of probes are not ascending");
     probes.iter().try_for_each(|probe| check_probe_shape(meta, shapes, probe))
@@ -128,6 +129,23 @@ fn check_calibration(rows: &[Calibration], n_layer: usize) -> Result<(), IndexEr
             "the calibration table has {} layers at budget {budget}, {n_layer} are indexed",
             row.layer_kept.len()
         );
+    }
+    Ok(())
+}
+
+fn check_peaks(shapes: &[LayerShape], sketch: &SketchShape) -> Result<(), IndexError> {
+    let shape = find(shapes, sketch.layer);
+    let row = |head_dim: u32| shape.map_or(MAX_ROW, |s| s.n_head_kv.saturating_mul(head_dim));
+    let (dim_k, dim_v) = shape.map_or((MAX_DIM, MAX_DIM), |s| (s.head_dim_k, s.head_dim_v));
+    for (what, block, n_peak, head_dim) in
+        [("K", sketch.k_block, sketch.n_k_peak, dim_k), ("V", sketch.v_block, sketch.n_v_peak, dim_v)]
+    {
+        ensure!(
+            block == 0 || (block.is_power_of_two() && head_dim % block == 0),
+            "the sketch has blocks of {block} elements of {what} for heads of {head_dim}"
+        );
+        let most = row(head_dim).div_ceil(PEAK_RUN as u32);
+        ensure!((1..=most).contains(&n_peak), "the sketch has {n_peak} peaks of {what}, not 1 to {most}");
     }
     Ok(())
 }
@@ -232,6 +250,8 @@ pub(super) fn sketch(shapes: &[LayerShape], view: &SketchView) -> Result<(), Ind
         );
     }
     ensure!(finite(view.k) && finite(view.v), "the sketch has an element that is not finite");
+    let peaks = |values: &[f16]| finite(values) && values.iter().all(|x| x.to_bits() >> 15 == 0);
+    ensure!(peaks(view.k_peaks) && peaks(view.v_peaks), "the sketch has a peak that is not finite or below 0");
     Ok(())
 }
 

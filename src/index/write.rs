@@ -88,17 +88,30 @@ fn arrays(parts: &IndexParts) -> impl Iterator<Item = Array<'_>> {
         always.into_iter().chain(hierarchy.into_iter().filter(|_| layer.shape.n_coarse > 0))
     });
     let sketch = &parts.sketch;
-    let sketch = [Array::U32(&sketch.k_dims), Array::U32(&sketch.v_dims), Array::F16(&sketch.k), Array::F16(&sketch.v)];
+    let sketch = [
+        Array::U32(&sketch.k_dims),
+        Array::U32(&sketch.v_dims),
+        Array::F16(&sketch.k),
+        Array::F16(&sketch.v),
+        Array::F16(&sketch.k_peaks),
+        Array::F16(&sketch.v_peaks),
+    ];
     let probes = parts.probes.iter().flat_map(|probe| [Array::U32(&probe.tokens), Array::F16(&probe.k)]);
     layers.chain(sketch).chain(probes)
 }
 
 fn header_of(parts: &IndexParts) -> Result<Header, IndexError> {
     let count = |n: usize| u32::try_from(n).map_err(|_| IndexError::Invalid { what: format!("{n} elements in a row") });
+    let n_prefix = parts.meta.n_prefix();
+    let sketch = &parts.sketch;
     let sketch = SketchShape {
-        layer: parts.sketch.layer,
-        n_k: count(parts.sketch.k_dims.len())?,
-        n_v: count(parts.sketch.v_dims.len())?,
+        layer: sketch.layer,
+        n_k: count(sketch.k_dims.len())?,
+        n_v: count(sketch.v_dims.len())?,
+        k_block: sketch.k_block,
+        v_block: sketch.v_block,
+        n_k_peak: count(sketch.k_peaks.len().checked_div(n_prefix).unwrap_or(0))?,
+        n_v_peak: count(sketch.v_peaks.len().checked_div(n_prefix).unwrap_or(0))?,
     };
     let probe = |probe: &ProbeParts| {
         let n_token = probe.tokens.len();
@@ -138,8 +151,7 @@ fn check_lengths(parts: &IndexParts, header: &Header) -> Result<(), IndexError> 
 
 fn check_data(parts: &IndexParts, header: &Header) -> Result<(), IndexError> {
     parts.layers.iter().try_for_each(|layer| validate::layer(&parts.meta, &layer.view()))?;
-    let SketchParts { layer, k_dims, v_dims, k, v } = &parts.sketch;
-    validate::sketch(&header.shapes, &SketchView { layer: *layer, k_dims, v_dims, k, v })?;
+    validate::sketch(&header.shapes, &parts.sketch.view())?;
     parts.probes.iter().try_for_each(|probe| {
         let view = ProbeView { layer: probe.layer, tokens: &probe.tokens, k: &probe.k };
         validate::probe(&parts.meta, &view)

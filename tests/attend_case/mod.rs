@@ -288,6 +288,9 @@ fn index_parts(spec: &Spec, r: &mut Random, n_cluster: usize, keys: &[f16], valu
             v_dims: dims,
             k: sketch(keys, spec.dk),
             v: sketch(values, spec.dv),
+            k_peaks: vec![f16::ONE; spec.n_prefix],
+            v_peaks: vec![f16::ONE; spec.n_prefix],
+            ..SketchParts::default()
         },
         probes: Vec::new(),
         meta,

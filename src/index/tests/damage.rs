@@ -57,14 +57,17 @@ fn a_changed_tensor_is_named() {
 
 #[test]
 fn another_format_version_is_refused_by_its_number() {
-    let mut forge = Forge::new(&to_bytes(&small()).unwrap());
-    forge.key("squeeze.version").copy_from_slice(&2u32.to_le_bytes());
-    // A later version may have other keys, and other checksums.
-    forge.keys.push(("squeeze.later".into(), gguf::U32, vec![0; 4]));
-    forge.n_kv += 1;
-    let error = forge.open().unwrap_err();
-    assert!(matches!(error, IndexError::Version { found: 2 }), "{error:?}");
-    assert!(error.to_string().contains("format version 2"), "{error}");
+    for other in [FORMAT_VERSION - 1, FORMAT_VERSION + 1] {
+        let mut forge = Forge::new(&to_bytes(&small()).unwrap());
+        forge.key("squeeze.version").copy_from_slice(&other.to_le_bytes());
+        // Another version may have other keys, and other checksums.
+        forge.keys.push(("squeeze.later".into(), gguf::U32, vec![0; 4]));
+        forge.n_kv += 1;
+        let error = forge.open().unwrap_err();
+        assert!(matches!(error, IndexError::Version { found } if found == other), "{error:?}");
+        let text = error.to_string();
+        assert!(text.contains(&format!("format version {other}")) && text.contains("sqz build"), "{text}");
+    }
 }
 
 #[test]

@@ -226,6 +226,8 @@ fn numbers_that_are_not_finite() {
         ("blk.0.radii", &[0, 0, 0x80, 0xbf]),
         ("sketch.k", &[0xff, 0x7f]),
         ("sketch.v", &[0xff, 0xff]),
+        ("sketch.k_peaks", &[0x00, 0x7c]),
+        ("sketch.v_peaks", &[0x00, 0xbc]),
         ("probe.1.k", &[0x00, 0x7c]),
     ] {
         let mut f = forge();

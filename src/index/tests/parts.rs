@@ -32,6 +32,10 @@ pub fn owned(index: &Index) -> IndexParts {
             v_dims: sketch.v_dims.to_vec(),
             k: sketch.k.to_vec(),
             v: sketch.v.to_vec(),
+            k_block: sketch.k_block,
+            v_block: sketch.v_block,
+            k_peaks: sketch.k_peaks.to_vec(),
+            v_peaks: sketch.v_peaks.to_vec(),
         },
         probes: index.probes().iter().map(probe).collect(),
     }
@@ -42,7 +46,7 @@ type Case = (&'static str, fn(&mut IndexParts));
 
 #[test]
 fn each_broken_rule_is_named() {
-    let cases: [Case; 34] = [
+    let cases: [Case; 38] = [
         ("leave none to cluster", |p| p.meta.n_window = 21),
         ("leave none to cluster", |p| (p.meta.n_sink, p.meta.n_window) = (u32::MAX, u32::MAX)),
         ("token id -1", |p| p.meta.tokens[5] = -1),
@@ -75,6 +79,10 @@ fn each_broken_rule_is_named() {
         ("members", |p| p.layers[1].members[20] = 2),
         ("elements of K", |p| p.sketch.k_dims[0] = 8),
         ("at least 1 of each", |p| p.sketch.v_dims.clear()),
+        ("blocks of 3 elements of K", |p| p.sketch.k_block = 3),
+        ("blocks of 8 elements of V", |p| p.sketch.v_block = 8),
+        ("0 peaks of K", |p| p.sketch.k_peaks.clear()),
+        ("below 0", |p| p.sketch.v_peaks[0] = -half::f16::ONE),
         ("rows of 7 elements", |p| p.probes[0].k.truncate(28)),
         ("probe's tokens", |p| p.probes[0].tokens[3] = 24),
     ];

@@ -26,6 +26,8 @@ fn assert_same(parts: &IndexParts, index: &Index) {
     assert_eq!(sketch.layer, parts.sketch.layer);
     assert_eq!((sketch.k_dims, sketch.v_dims), (&parts.sketch.k_dims[..], &parts.sketch.v_dims[..]));
     assert_eq!((sketch.k, sketch.v), (&parts.sketch.k[..], &parts.sketch.v[..]));
+    assert_eq!((sketch.k_block, sketch.v_block), (parts.sketch.k_block, parts.sketch.v_block));
+    assert_eq!((sketch.k_peaks, sketch.v_peaks), (&parts.sketch.k_peaks[..], &parts.sketch.v_peaks[..]));
     let probes: Vec<ProbeParts> = index
         .probes()
         .iter()

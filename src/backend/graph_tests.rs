@@ -1,0 +1,139 @@
+//! A graph's writes to caches of every type, on made-up tensors: a binding is found through them and ends with them.
+
+use rand::rngs::StdRng;
+use rand::SeedableRng;
+
+use super::super::binding::tests::{Cache, Prefix, N_CELL, N_PREFIX};
+use super::super::rows::tests::ALL;
+use super::*;
+use crate::attention::{Element, Mode, Selection, Spread};
+
+fn type_of(element: Element) -> sys::ggml_type {
+    match element {
+        Element::F32 => sys::GGML_TYPE_F32,
+        Element::F16 => sys::GGML_TYPE_F16,
+        Element::BF16 => sys::GGML_TYPE_BF16,
+        Element::Q8_0 => sys::GGML_TYPE_Q8_0,
+        Element::Q4_0 => sys::GGML_TYPE_Q4_0,
+    }
+}
+
+/// A tensor of `[ne0, ne1]` over `data`.
+fn tensor(name: &str, kind: sys::ggml_type, ne: [usize; 2], nb: [usize; 2], data: *mut u8) -> Box<sys::ggml_tensor> {
+    // SAFETY: plain numbers and pointers, for all of which zero is a value.
+    let mut t: Box<sys::ggml_tensor> = Box::new(unsafe { std::mem::zeroed() });
+    t.type_ = kind;
+    t.ne = [ne[0] as i64, ne[1] as i64, 1, 1];
+    t.nb = [nb[0], nb[1], nb[1] * ne[1], nb[1] * ne[1]];
+    t.data = data.cast();
+    t.name.iter_mut().zip(name.bytes()).for_each(|(to, from)| *to = from as _);
+    t
+}
+
+/// Two layers with the same content, and an op that writes to the K cache of the first.
+struct Graph {
+    roots: Vec<sys::ggml_tensor>,
+    writer: Box<sys::ggml_tensor>,
+    /// What the writer's second source and its data are.
+    _indices: (Box<sys::ggml_tensor>, Box<[i64]>),
+}
+
+impl Graph {
+    fn new(cache: &mut Cache, [k, v]: [Element; 2], op: sys::ggml_op, row: i64) -> Graph {
+        let mut roots = Vec::new();
+        for layer in 0..2 {
+            for (half, element, data) in [("k", k, cache.k.as_mut_ptr()), ("v", v, cache.v.as_mut_ptr())] {
+                let nb = [element.block_bytes(), element.row_bytes(cache.len)];
+                let name = format!("cache_{half}_l{layer}");
+                roots.push(*tensor(&name, type_of(element), [cache.len, N_CELL], nb, data));
+            }
+        }
+        let mut rows = vec![row].into_boxed_slice();
+        let mut indices = tensor("rows", sys::GGML_TYPE_I64, [1, 1], [8, 8], rows.as_mut_ptr().cast());
+        let mut writer = tensor("writer", type_of(k), [cache.len, N_CELL], [0, 0], cache.k.as_mut_ptr());
+        writer.op = op;
+        writer.view_src = &mut roots[0];
+        writer.src[1] = &mut *indices;
+        Graph { roots, writer, _indices: (indices, rows) }
+    }
+
+    /// An attention op per layer, with the writer before them.
+    fn survey(&mut self, instance: &mut Instance, snapshot: &Snapshot) -> Writes {
+        let mut nodes: Vec<sys::ggml_tensor> = Vec::new();
+        for layer in 0..2 {
+            let mut node = tensor("attention", sys::GGML_TYPE_F32, [1, 1], [4, 4], std::ptr::null_mut());
+            node.op = sys::GGML_OP_FLASH_ATTN_EXT;
+            node.src[1] = &mut self.roots[2 * layer];
+            node.src[2] = &mut self.roots[2 * layer + 1];
+            nodes.push(*node);
+        }
+        let raw = [&*self.writer as *const _, &nodes[0] as *const _, &nodes[1] as *const _];
+        // SAFETY: alive until the end of this function; what the instance remembers of them are the roots, which live in
+        // `self`.
+        let nodes: Vec<Tensor> = raw.iter().filter_map(|&n| unsafe { Tensor::new(n) }).collect();
+        instance.survey(&nodes, snapshot)
+    }
+}
+
+fn snapshot(p: Prefix) -> Snapshot {
+    let mode = Mode::Budget(0.2);
+    let selection = Selection { mode, spread: Spread::None, alpha: 2.0, estimate: false };
+    let mut snapshot =
+        Snapshot { indexes: vec![Loaded { matcher: p.matcher.into(), selection }], ..Snapshot::default() };
+    snapshot.config.min_prefix = 1;
+    snapshot
+}
+
+#[test]
+fn a_binding_ends_with_a_write_to_its_cells_whatever_the_type() {
+    let other = N_CELL as i64 - 1;
+    for (i, k) in ALL.into_iter().enumerate() {
+        let types = [k, ALL[(i + 2) % ALL.len()]];
+        let p = Prefix::new(i as u64, N_PREFIX, 64);
+        let cells: Vec<u32> = (3..3 + N_PREFIX as u32).collect();
+        let mut cache = Cache::new(&p, types, &cells, &mut StdRng::seed_from_u64(1));
+        let snapshot = snapshot(p);
+        let visible: Vec<u32> = (0..N_CELL as u32).collect();
+        let mut instance = Instance::default();
+        let bind = |instance: &mut Instance, cache: &mut Cache| {
+            let mut graph = Graph::new(cache, types, sys::GGML_OP_SET_ROWS, other);
+            let writes = graph.survey(instance, &snapshot);
+            assert!(!writes.opaque && writes.rows == [other]);
+            assert_eq!(instance.caches.search(&snapshot, 0, &visible, &writes), Some(0), "{types:?}");
+            assert_eq!(instance.caches.bound[0].cells[..], cells[..]);
+        };
+        // Another cell is written: it stays. One of its own, or an op that we do not know (a context shift): it ends.
+        for (op, row, stays) in [
+            (sys::GGML_OP_SET_ROWS, other, true),
+            (sys::GGML_OP_SET_ROWS, cells[5].into(), false),
+            (sys::GGML_OP_CPY, other, false),
+        ] {
+            bind(&mut instance, &mut cache);
+            let mut graph = Graph::new(&mut cache, types, op, row);
+            let writes = graph.survey(&mut instance, &snapshot);
+            assert_eq!(writes.opaque, op == sys::GGML_OP_CPY);
+            assert_eq!(instance.caches.bound.len(), usize::from(stays), "{types:?} {row}");
+            instance.caches.bound.clear();
+        }
+        // One bit of V of the last clustered token in the deepest layer: the guard sees it.
+        bind(&mut instance, &mut cache);
+        let last = cells[snapshot.indexes[0].matcher.last_clustered()] as usize;
+        let size = types[1].row_bytes(cache.len);
+        cache.v[(last + 1) * size - 1] ^= 1;
+        let mut graph = Graph::new(&mut cache, types, sys::GGML_OP_SET_ROWS, other);
+        graph.survey(&mut instance, &snapshot);
+        assert!(instance.caches.bound.is_empty(), "{types:?}");
+    }
+}
+
+#[test]
+fn types_without_kernels_are_not_read() {
+    let mut data = vec![0u8; 4096];
+    for kind in [sys::GGML_TYPE_Q4_1, sys::GGML_TYPE_Q5_0, sys::GGML_TYPE_Q5_1, sys::GGML_TYPE_IQ4_NL] {
+        let t = tensor("cache_k_l0", kind, [64, 4], [20, 40], data.as_mut_ptr());
+        // SAFETY: `t` lives as long as the value.
+        let t = unsafe { Tensor::new(&*t) }.unwrap();
+        assert_eq!(t.element(), None);
+        assert!(super::super::tensor::cache_rows(t, t, 0).is_none());
+    }
+}
