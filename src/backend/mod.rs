@@ -7,6 +7,7 @@ mod hook;
 mod plugin;
 mod runtime;
 mod stats;
+mod status;
 mod tensor;
 
 pub use plugin::{register, registry};
