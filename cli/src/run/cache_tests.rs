@@ -66,10 +66,9 @@ fn what_is_damaged_is_built_again() {
     let folder = tempfile::tempdir().unwrap();
     let cache = Cache::open(folder.path().to_path_buf()).unwrap();
     let mut fake = Fake::default();
-    let mut builds = 1;
-    for damage in ["index", "state", "manifest", "no manifest"] {
+    for (n, damage) in ["index", "state", "manifest", "no manifest"].into_iter().enumerate() {
         let entry = cache.entry("a", about(), Some(State::Slot), &mut fake).unwrap();
-        assert_eq!(fake.builds, builds, "before {damage}");
+        assert_eq!(fake.builds, n + 1, "before {damage}");
         let manifest = entry.folder.join(MANIFEST);
         match damage {
             "index" => {
@@ -82,7 +81,6 @@ fn what_is_damaged_is_built_again() {
             _ => std::fs::remove_file(&manifest).unwrap(),
         }
         assert!(cache.entry("a", about(), Some(State::Slot), &mut fake).unwrap().built, "{damage}");
-        builds += 1;
     }
     assert!(names(&folder.path().join("tmp")).is_empty());
 }

@@ -59,7 +59,7 @@ pub struct RunArgs {
 
 fn seconds(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
-        Ok(n) if n >= 0.1 && n <= 86400.0 => Ok(n),
+        Ok(n) if (0.1..=86400.0).contains(&n) => Ok(n),
         _ => Err("give a number of seconds, 0.1 at least".to_string()),
     }
 }
