@@ -122,6 +122,8 @@ pub struct Child {
     pub kind: Kind,
     pub program: OsString,
     pub args: Vec<OsString>,
+    /// Its options are llama.cpp's; those of any other program may mean anything.
+    known: bool,
     /// Reads a variable of the environment that the program will have.
     env: fn(&str) -> Option<OsString>,
 }
@@ -143,12 +145,14 @@ impl Child {
     /// It is empty.
     pub fn new(command: &[OsString]) -> Result<Child> {
         let (program, args) = command.split_first().context("no program is given: write it after --")?;
-        Ok(Child { kind: Kind::of(program), program: program.clone(), args: args.to_vec(), env: from_process })
+        let name = Path::new(program).file_name().and_then(OsStr::to_str);
+        let known = name.is_some_and(|n| n.starts_with("llama-"));
+        Ok(Child { kind: Kind::of(program), program: program.clone(), args: args.to_vec(), known, env: from_process })
     }
 
     /// Places of options: their numbers among the arguments.
     fn options(&self) -> impl Iterator<Item = (usize, String)> + '_ {
-        let mut next = 0;
+        let mut next = if self.known { 0 } else { self.args.len() };
         std::iter::from_fn(move || {
             let at = next;
             let option = name(self.args.get(at)?).unwrap_or_default();
@@ -325,6 +329,12 @@ mod tests {
         assert_eq!(c.args, ["-n", "4", "-st"]);
         c.push("-f", "x");
         assert_eq!(c.args, ["-n", "4", "-st", "-f", "x"]);
+    }
+
+    #[test]
+    fn options_of_a_foreign_program_are_not_read() {
+        assert_eq!(child("sh -c x").raw(&CTX), None);
+        assert_eq!(child("llama-bench -c 5").number::<u32>(&CTX).unwrap(), Some(5));
     }
 
     #[test]

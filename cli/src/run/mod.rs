@@ -178,19 +178,25 @@ fn build_args(args: &RunArgs, child: &Child, chat: Chat) -> Result<BuildArgs> {
 }
 
 /// The state that the program can restore, if any.
-fn state_for(child: &Child) -> Option<State> {
+fn state_for(child: &mut Child) -> Result<Option<State>> {
     let state = match child.kind {
         Kind::Server => State::Slot,
         Kind::Completion if child.raw(&args::PROMPT_CACHE).is_none() => State::PromptCache,
-        _ => return None,
+        _ => return Ok(None),
     };
     if let Some(why) = child.no_state() {
         eprintln!(
-            "warning: {why}; no saved state is restored, and the index may not bind (attention stays dense then)"
+            "warning: {why}; no saved prefix is restored, and the index may not bind (attention stays dense then)"
         );
-        return None;
+        return Ok(None);
     }
-    Some(state)
+    if state == State::Slot {
+        if let Some(why) = server::share_cells(child)? {
+            eprintln!("warning: {why}; no saved prefix is restored: the first question of a slot prefills it");
+            return Ok(None);
+        }
+    }
+    Ok(Some(state))
 }
 
 fn check_context(child: &Child, entry: &Entry) -> Result<()> {
@@ -256,7 +262,7 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8> {
         chat: chat.name().to_string(),
         ..Manifest::default()
     };
-    let state = state_for(&child);
+    let state = state_for(&mut child)?;
     let entry = cache.entry(&name, about, state, &mut Builder { build, text: &text, verbose })?;
     if !entry.built {
         eprintln!("using the index {}", entry.index_path.display());

@@ -29,8 +29,6 @@ pub struct Server {
     address: Address,
     prefix: String,
     key: Option<String>,
-    /// All slots share one pool of cells.
-    unified: bool,
 }
 
 trait Stream: Read + Write {}
@@ -60,13 +58,7 @@ impl Server {
             };
             Address::Tcp(host.to_string(), port)
         };
-        let unified = if child.has(&["-no-kvu", "--no-kv-unified"]) {
-            false
-        } else {
-            // llama-server's own default, and its four slots, where no number is given
-            child.has(&["-kvu", "--kv-unified"]) || child.number::<i32>(&args::PARALLEL)?.is_none_or(|n| n < 0)
-        };
-        Ok(Server { address, prefix: child.text(&args::API_PREFIX).unwrap_or_default(), key: key(child)?, unified })
+        Ok(Server { address, prefix: child.text(&args::API_PREFIX).unwrap_or_default(), key: key(child)? })
     }
 
     /// Host and port, for messages.
@@ -156,11 +148,8 @@ impl Server {
         let slots = number(&props["total_slots"]).context("the server's /props names no total_slots")?;
         let n_ctx =
             number(&props["default_generation_settings"]["n_ctx"]).context("the server's /props names no n_ctx")?;
-        ensure!(
-            n_prefix < n_ctx,
-            "a slot has room for {n_ctx} tokens and the prefix has {n_prefix}: raise -c (slots share it unless -kvu is given)"
-        );
-        let wanted = if self.unified { slots_that_fit(slots, n_ctx, n_prefix) } else { slots };
+        ensure!(n_prefix < n_ctx, "a slot has room for {n_ctx} tokens and the prefix has {n_prefix}: raise -c");
+        let wanted = slots_that_fit(slots, n_ctx, n_prefix);
         for slot in 0..wanted {
             let body = json!({ "filename": file }).to_string();
             let (code, answer) = self
@@ -170,6 +159,20 @@ impl Server {
         }
         Ok((wanted, slots))
     }
+}
+
+/// Lets all slots share one pool of cells, as llama-server does by itself without -np: a state that was saved from one
+/// pool fits no other layout. Returns why it cannot be.
+pub fn share_cells(child: &mut Child) -> Result<Option<String>> {
+    if child.number::<i32>(&args::PARALLEL)?.is_none_or(|n| n <= 1) || child.has(&["-kvu", "--kv-unified"]) {
+        return Ok(None);
+    }
+    if child.has(&["-no-kvu", "--no-kv-unified"]) {
+        return Ok(Some("-no-kvu gives every slot cells of its own".to_string()));
+    }
+    eprintln!("note: -kvu is added: the slots share the cells of -c, as the saved prefix needs it");
+    child.args.push("-kvu".into());
+    Ok(None)
 }
 
 /// How many slots of one pool of cells get the prefix: a quarter of the cells stays free for questions.
@@ -243,14 +246,30 @@ mod tests {
     #[test]
     fn the_command_line_tells_where_it_listens() {
         let s = server("llama-server").unwrap();
-        assert_eq!((s.name().as_str(), s.unified), ("127.0.0.1:8080", true));
-        let s = server("llama-server --host 0.0.0.0 --port 81 -np 2 --api-key a,b --api-prefix /x").unwrap();
-        assert_eq!((s.name().as_str(), s.unified), ("127.0.0.1:81", false));
+        assert_eq!(s.name(), "127.0.0.1:8080");
+        let s = server("llama-server --host 0.0.0.0 --port 81 --api-key a,b --api-prefix /x").unwrap();
+        assert_eq!(s.name(), "127.0.0.1:81");
         assert_eq!((s.key.as_deref(), s.prefix.as_str()), (Some("a"), "/x"));
-        assert_eq!(server("llama-server --host ::,1.2.3.4 -np 2 -kvu").unwrap().name(), "[::1]:8080");
+        assert_eq!(server("llama-server --host ::,1.2.3.4").unwrap().name(), "[::1]:8080");
         assert_eq!(server("llama-server --host /tmp/x.sock").unwrap().address, Address::Unix("/tmp/x.sock".into()));
         assert!(server("llama-server --port 0").is_err());
         assert!(server("llama-server --ssl-key-file k").is_err());
+    }
+
+    #[test]
+    fn slots_share_their_cells() {
+        for (line, added, refused) in [
+            ("llama-server", false, false),
+            ("llama-server -np 1", false, false),
+            ("llama-server -np 2 -kvu", false, false),
+            ("llama-server -np 2", true, false),
+            ("llama-server -np 2 -no-kvu", false, true),
+        ] {
+            let words: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            let mut child = Child::new(&words).unwrap();
+            assert_eq!(share_cells(&mut child).unwrap().is_some(), refused, "{line}");
+            assert_eq!(child.args.len() == words.len(), added, "{line}");
+        }
     }
 
     #[test]
