@@ -13,4 +13,5 @@ pub mod metrics;
 pub mod progress;
 pub mod run;
 pub mod session;
+pub mod template;
 pub mod tokens;

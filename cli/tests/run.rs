@@ -333,6 +333,27 @@ fn a_server_answers_from_restored_slots() {
 }
 
 #[test]
+fn a_template_is_rendered_as_the_server_does_it() {
+    // SmolLM2's template puts a system message of its own in front of a user message that comes first
+    let place = Place::new();
+    let port = free_port();
+    let (server, number) = (program("llama-server"), port.to_string());
+    let mut run =
+        place.spawn(&["--chat", "user"], &[server.to_str().unwrap(), "-c", "1024", "-t", "2", "--port", &number]);
+    run.wait_for(" of 4 slots");
+    let text = std::fs::read_to_string(place.text()).unwrap();
+    let messages = json!([{ "role": "user", "content": text + "\nWhat is a cell?" }]);
+    let body = json!({ "messages": messages, "max_tokens": 4, "temperature": 0 });
+    let timings = request(port, "/v1/chat/completions", &body)["timings"].clone();
+    assert!(timings["cache_n"].as_u64().unwrap() > 150 && timings["prompt_n"].as_u64().unwrap() < 40, "{timings}");
+    run.signal(Signal::USR1);
+    run.wait_for("squeeze: bound 1 slot");
+    assert!(sparse(&run.said()) > 0, "{}", run.said());
+    run.signal(Signal::TERM);
+    run.end();
+}
+
+#[test]
 fn info_says_what_there_is() {
     let run = common::sqz(&["info", "--json"]);
     assert!(run.status.success(), "{}", stderr(&run));

@@ -235,7 +235,8 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8> {
     if child.text(&args::FLASH).is_some_and(|v| ["off", "0", "false", "disabled"].contains(&v.as_str())) {
         bail!("without flash attention (-fa off) the index cannot be used: leave -fa out");
     }
-    let template = [&args::TEMPLATE, &args::TEMPLATE_FILE].iter().any(|o| child.raw(o).is_some());
+    let template =
+        [&args::TEMPLATE, &args::TEMPLATE_FILE].iter().any(|o| child.raw(o).is_some()) || child.has(&["--no-jinja"]);
     if chat != Chat::Raw && template {
         eprintln!(
             "warning: the index is made with the model's own chat template; under another one attention stays dense"
