@@ -38,6 +38,8 @@ pub struct Config {
     pub disable: bool,
     /// 0 quiet (problems only), 1 bindings and totals.
     pub log: u32,
+    /// Write totals to this file, as one line of JSON, while graphs are computed.
+    pub status_path: Option<PathBuf>,
     /// Write zeros instead of attention: measures the ceiling. Never from the environment.
     pub attention_free: bool,
 }
@@ -54,6 +56,7 @@ impl Default for Config {
             force: false,
             disable: false,
             log: 0,
+            status_path: None,
             attention_free: false,
         }
     }
@@ -69,6 +72,7 @@ impl Config {
         if let Some(paths) = var("INDEX") {
             config.index_paths = paths.split(':').filter(|p| !p.is_empty()).map(PathBuf::from).collect();
         }
+        config.status_path = var("STATUS").map(PathBuf::from);
         let mut share = |name: &str| -> Option<f32> {
             let text = var(name)?;
             match text.parse::<f32>() {
@@ -151,9 +155,11 @@ mod tests {
             ("GGML_SQUEEZE_FORCE", "1"),
             ("GGML_SQUEEZE_DISABLE", "1"),
             ("GGML_SQUEEZE_LOG", "1"),
+            ("GGML_SQUEEZE_STATUS", "status.json"),
         ]);
         assert_eq!(problems, Vec::<String>::new());
         assert_eq!(config.index_paths, ["a.sqz.gguf", "b.sqz.gguf"].map(PathBuf::from));
+        assert_eq!(config.status_path, Some(PathBuf::from("status.json")));
         assert_eq!((config.mode, config.spread), (ModeSetting::Mass(0.9), Spread::Radius));
         assert_eq!((config.min_prefix, config.log), (0, 1));
         assert!(config.estimate && config.devices && config.force && config.disable);

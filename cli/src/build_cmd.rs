@@ -55,7 +55,11 @@ pub struct ClusterArgs {
 }
 
 impl ClusterArgs {
-    fn settings(&self, n_threads: usize) -> Result<Settings> {
+    /// What the clustering takes.
+    ///
+    /// # Errors
+    /// A value is out of range.
+    pub fn settings(&self, n_threads: usize) -> Result<Settings> {
         ensure!(self.clusters > 0.0 && self.clusters <= 1.0, "--clusters {} is no share: give 0.05", self.clusters);
         ensure!(self.window > 0, "--window 0 leaves no queries to calibrate with: give 100");
         Ok(Settings {
@@ -109,14 +113,19 @@ pub fn run(args: &BuildArgs) -> Result<()> {
 
 /// Builds the index and the state files.
 pub fn make(args: &BuildArgs) -> Result<Report> {
+    args.cluster.settings(args.model.n_threads())?;
+    make_of(args, &read_text(&args.file)?)
+}
+
+/// The same of a text that was read before; `args.file` is named in messages only.
+pub fn make_of(args: &BuildArgs, text: &str) -> Result<Report> {
     let settings = args.cluster.settings(args.model.n_threads())?;
-    let text = read_text(&args.file)?;
     let outputs = [Some(&args.output), args.state_file.as_ref(), args.slot_file.as_ref()];
     for path in outputs.into_iter().flatten() {
         check_writable(path)?;
     }
     let model = Model::load(&args.model.model)?;
-    let tokens = tokens::prefix(&model, &text, args.chat, settings.n_threads)
+    let tokens = tokens::prefix(&model, text, args.chat, settings.n_threads)
         .with_context(|| format!("cannot make a prefix of {}", args.file.display()))?;
     let least = (settings.n_sink + settings.n_window) as usize + 2;
     ensure!(
@@ -241,8 +250,8 @@ fn meta(model: &Model, args: &BuildArgs, settings: &Settings, tokens: Vec<i32>) 
         rope: Rope {
             kind: model.rope_type(),
             // llama.cpp's own default where the file has none.
-            freq_base: number("rope.freq_base").unwrap_or(10000.0),
-            freq_scale: model.rope_freq_scale(),
+            freq_base: args.model.rope.rope_freq_base.or(number("rope.freq_base")).unwrap_or(10000.0),
+            freq_scale: args.model.rope.freq_scale().unwrap_or(model.rope_freq_scale()),
         },
         n_layer: model.n_layer(),
         tokens,

@@ -47,6 +47,81 @@ pub struct ModelArgs {
     /// Flash attention (-fa)
     #[arg(long, value_enum, default_value_t = Flash::Auto, value_name = "on|auto|off")]
     pub flash_attn: Flash,
+    #[command(flatten)]
+    pub rope: RopeArgs,
+    /// Full-size cache for sliding-window layers; states for a program that has this option need it too
+    #[arg(long)]
+    pub swa_full: bool,
+}
+
+/// How positions are rotated: what shapes keys besides the model. The same options as the program that answers.
+#[derive(Clone, Debug, Default, PartialEq, clap::Args)]
+pub struct RopeArgs {
+    /// RoPE scaling method [default: the model's]
+    #[arg(long, value_enum, value_name = "METHOD")]
+    pub rope_scaling: Option<RopeScaling>,
+    /// Context is expanded by this factor
+    #[arg(long, value_name = "N")]
+    pub rope_scale: Option<f32>,
+    /// RoPE base frequency [default: the model's]
+    #[arg(long, value_name = "N")]
+    pub rope_freq_base: Option<f32>,
+    /// RoPE frequency factor; context is expanded by 1/N
+    #[arg(long, value_name = "N", conflicts_with = "rope_scale")]
+    pub rope_freq_scale: Option<f32>,
+    /// YaRN: context size that the model was trained with [default: the model's]
+    #[arg(long, value_name = "N")]
+    pub yarn_orig_ctx: Option<u32>,
+    /// YaRN: extrapolation mix factor
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub yarn_ext_factor: Option<f32>,
+    /// YaRN: scale of the attention magnitude
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub yarn_attn_factor: Option<f32>,
+    /// YaRN: high correction dimension
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub yarn_beta_slow: Option<f32>,
+    /// YaRN: low correction dimension
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub yarn_beta_fast: Option<f32>,
+}
+
+/// llama.cpp's `--rope-scaling`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum RopeScaling {
+    None,
+    Linear,
+    Yarn,
+}
+
+impl RopeArgs {
+    /// The frequency factor, however it was given.
+    pub fn freq_scale(&self) -> Option<f32> {
+        self.rope_freq_scale.or(self.rope_scale.map(|s| 1.0 / s))
+    }
+
+    fn apply(&self, p: &mut sys::llama_context_params) {
+        fn set<T>(to: &mut T, from: Option<T>) {
+            if let Some(value) = from {
+                *to = value;
+            }
+        }
+        set(
+            &mut p.rope_scaling_type,
+            self.rope_scaling.map(|s| match s {
+                RopeScaling::None => sys::LLAMA_ROPE_SCALING_TYPE_NONE,
+                RopeScaling::Linear => sys::LLAMA_ROPE_SCALING_TYPE_LINEAR,
+                RopeScaling::Yarn => sys::LLAMA_ROPE_SCALING_TYPE_YARN,
+            }),
+        );
+        set(&mut p.rope_freq_base, self.rope_freq_base);
+        set(&mut p.rope_freq_scale, self.freq_scale());
+        set(&mut p.yarn_orig_ctx, self.yarn_orig_ctx);
+        set(&mut p.yarn_ext_factor, self.yarn_ext_factor);
+        set(&mut p.yarn_attn_factor, self.yarn_attn_factor);
+        set(&mut p.yarn_beta_slow, self.yarn_beta_slow);
+        set(&mut p.yarn_beta_fast, self.yarn_beta_fast);
+    }
 }
 
 impl ModelArgs {

@@ -1,10 +1,10 @@
-//! `sqz`: builds, inspects and measures ggml-squeeze indexes. Data on stdout, messages on stderr.
+//! `sqz`: builds, inspects, runs and measures ggml-squeeze indexes. Data on stdout, messages on stderr.
 
 use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser;
-use sqz::{bench, build_cmd, eval, facts, inspect, llama};
+use sqz::{bench, build_cmd, eval, facts, info, inspect, llama, run};
 
 #[derive(Parser)]
 #[command(name = "sqz", version, about, arg_required_else_help = true)]
@@ -20,6 +20,8 @@ struct Cli {
 enum Command {
     /// Index a text that prompts begin with
     Build(build_cmd::BuildArgs),
+    /// Start llama-server or another llama.cpp program with an index, made first where it is missing
+    Run(run::RunArgs),
     /// Show what an index holds
     Inspect(inspect::InspectArgs),
     /// Plant facts into a text and write the questions that ask for them
@@ -28,6 +30,8 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Measure speed, dense and sparse, in one process
     Bench(bench::BenchArgs),
+    /// Show versions, devices, kernels and defaults
+    Info(info::InfoArgs),
 }
 
 /// llama.cpp's short options of several letters, as long ones.
@@ -39,17 +43,41 @@ fn long_option(arg: OsString) -> OsString {
     }
 }
 
+impl Command {
+    fn run(self, verbose: bool) -> anyhow::Result<ExitCode> {
+        let start = || llama::start(verbose);
+        match self {
+            Command::Run(args) => return run::run(&args, verbose).map(ExitCode::from),
+            Command::Inspect(args) => inspect::run(args),
+            Command::Build(args) => start().and_then(|()| build_cmd::run(&args)),
+            Command::Facts(args) => start().and_then(|()| facts::run(&args)),
+            Command::Eval(args) => start().and_then(|()| eval::run(&args)),
+            Command::Bench(args) => start().and_then(|()| bench::run(&args)),
+            Command::Info(args) => start().and_then(|()| info::run(&args)),
+        }?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Our own arguments; those of a program behind `--` stay as they are.
+fn arguments(given: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut ours = true;
+    given
+        .map(|arg| {
+            ours &= arg != "--";
+            if ours {
+                long_option(arg)
+            } else {
+                arg
+            }
+        })
+        .collect()
+}
+
 fn main() -> ExitCode {
-    let cli = Cli::parse_from(std::env::args_os().map(long_option));
-    let run = || match cli.command {
-        Command::Inspect(args) => inspect::run(args),
-        Command::Build(args) => llama::start(cli.verbose).and_then(|()| build_cmd::run(&args)),
-        Command::Facts(args) => llama::start(cli.verbose).and_then(|()| facts::run(&args)),
-        Command::Eval(args) => llama::start(cli.verbose).and_then(|()| eval::run(&args)),
-        Command::Bench(args) => llama::start(cli.verbose).and_then(|()| bench::run(&args)),
-    };
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
+    let cli = Cli::parse_from(arguments(std::env::args_os()));
+    match cli.command.run(cli.verbose) {
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -70,9 +98,18 @@ mod tests {
     #[test]
     fn llama_cpp_short_options_are_understood() {
         let given = ["sqz", "build", "-m", "m", "-f", "t", "-o", "o", "-ub", "64", "-fa", "on", "-t", "3"];
-        let cli = Cli::try_parse_from(given.map(|a| long_option(a.into()))).unwrap();
+        let cli = Cli::try_parse_from(arguments(given.into_iter().map(OsString::from))).unwrap();
         let Command::Build(build) = cli.command else { panic!("not build") };
         assert_eq!((build.model.ubatch_size, build.model.threads), (64, Some(3)));
         assert_eq!(build.model.flash_attn, llama::Flash::On);
+    }
+
+    #[test]
+    fn the_programs_own_options_stay_as_they_are() {
+        let given = ["sqz", "run", "-m", "m", "-f", "t", "--", "llama-server", "-ub", "64", "-fa", "on", "-v"];
+        let cli = Cli::try_parse_from(arguments(given.into_iter().map(OsString::from))).unwrap();
+        let Command::Run(run) = cli.command else { panic!("not run") };
+        assert_eq!(run.program, ["llama-server", "-ub", "64", "-fa", "on", "-v"]);
+        assert!(!cli.verbose);
     }
 }

@@ -3,6 +3,7 @@
 use anyhow::{ensure, Context as _, Result};
 
 use crate::llama::{apply_template, Model};
+use crate::template::Template;
 
 /// How the text comes into the prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -119,14 +120,28 @@ fn prompts(model: &Model, text: &str, chat: Chat) -> Result<Vec<String>> {
     if chat == Chat::Raw {
         return Ok(CONTINUATIONS.iter().map(|c| format!("{text}{c}")).collect());
     }
-    let template = model
+    let source = model
         .chat_template()
         .with_context(|| format!("{} has no chat template: use --chat raw", model.path().display()))?;
+    let (bos, eos, add_bos) = model.chat_tokens();
+    let template = Template::new(&source.to_string_lossy(), &bos, &eos, add_bos);
+    let own = template.and_then(|t| chats(text, chat, |messages| t.render(messages)));
+    own.or_else(|why| {
+        eprintln!(
+            "warning: the model's chat template cannot be rendered here ({why:#}); llama.cpp's built-in form of it is used: \
+             where llama-server's text differs, attention stays dense"
+        );
+        chats(text, chat, |messages| apply_template(&source, messages, true))
+    })
+}
+
+/// One conversation for every continuation.
+fn chats(text: &str, chat: Chat, render: impl Fn(&[(&str, &str)]) -> Result<String>) -> Result<Vec<String>> {
     CONTINUATIONS
         .iter()
         .map(|c| match chat {
-            Chat::System => apply_template(&template, &[("system", text), ("user", c)], true),
-            _ => apply_template(&template, &[("user", &format!("{text}{c}"))], true),
+            Chat::System => render(&[("system", text), ("user", c)]),
+            _ => render(&[("user", &format!("{text}{c}"))]),
         })
         .collect()
 }
@@ -134,7 +149,7 @@ fn prompts(model: &Model, text: &str, chat: Chat) -> Result<Vec<String>> {
 /// Tokens of the prefix made from `text`.
 ///
 /// # Errors
-/// The model has no chat template that llama.cpp knows, or the text is empty, or it is lost in the template.
+/// The model has no chat template that can be rendered, or the text is empty, or it is lost in the template.
 pub fn prefix(model: &Model, text: &str, chat: Chat, n_threads: usize) -> Result<Vec<i32>> {
     ensure!(!text.trim().is_empty(), "the text is empty");
     let prompts = prompts(model, text, chat)?;

@@ -10,7 +10,7 @@ use ggml_squeeze::capi::SqzStats;
 use ggml_squeeze::config::Config;
 use ggml_squeeze::index::sample::sample_parts;
 use ggml_squeeze::index::{to_bytes, Index};
-use sqz::llama::{start, Context, Flash, Model, ModelArgs, Outputs};
+use sqz::llama::{start, Context, Flash, Model, ModelArgs, Outputs, RopeArgs};
 
 const QUESTION: &str = "\nWhat is said of the cells?";
 
@@ -22,6 +22,8 @@ fn args(ubatch_size: u32) -> ModelArgs {
         ubatch_size,
         threads: Some(2),
         flash_attn: Flash::On,
+        rope: RopeArgs::default(),
+        swa_full: false,
     }
 }
 

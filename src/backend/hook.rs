@@ -10,6 +10,7 @@ use ggml_sys as sys;
 use super::graph::Instance;
 use super::runtime::{snapshot, stats};
 use super::stats::log;
+use super::status;
 
 type InitBackend = unsafe extern "C" fn(sys::ggml_backend_dev_t, *const std::ffi::c_char) -> sys::ggml_backend_t;
 
@@ -84,9 +85,11 @@ unsafe extern "C" fn free_patched(backend: sys::ggml_backend_t) {
         let mut hooks = hooks();
         (hooks.backends.remove(&(backend as usize)), hooks.backends.len())
     };
-    if left == 0 && snapshot().config.log > 0 {
+    if left == 0 {
+        let snapshot = snapshot();
+        status::finish(&snapshot);
         let totals = stats();
-        if totals.graphs > 0 {
+        if snapshot.config.log > 0 && totals.graphs > 0 {
             log(format_args!("totals: {totals}"));
         }
     }
@@ -100,10 +103,11 @@ unsafe extern "C" fn compute_patched(backend: sys::ggml_backend_t, graph: *mut s
     let Some(patched) = hooks().backends.get(&(backend as usize)).cloned() else { return sys::GGML_STATUS_FAILED };
     let Some(compute) = patched.original.graph_compute else { return sys::GGML_STATUS_FAILED };
     let mut instance = patched.instance.lock().unwrap_or_else(|e| e.into_inner());
+    let snapshot = snapshot();
     let decide = AssertUnwindSafe(|| {
         // SAFETY: ggml hands us a live graph with n_nodes nodes.
         let nodes = unsafe { std::slice::from_raw_parts((*graph).nodes, (*graph).n_nodes.max(0) as usize) };
-        instance.rewrite(nodes, &snapshot())
+        instance.rewrite(nodes, &snapshot)
     });
     // a panic while deciding costs nothing: the graph is still whole and goes to the stock backend
     let rewrite = catch_unwind(decide).unwrap_or_else(|_| {
@@ -112,7 +116,9 @@ unsafe extern "C" fn compute_patched(backend: sys::ggml_backend_t, graph: *mut s
     });
     let Some(mut rewrite) = rewrite else {
         // SAFETY: as the caller asked.
-        return unsafe { compute(backend, graph) };
+        let status = unsafe { compute(backend, graph) };
+        status::graph_done(&snapshot);
+        return status;
     };
     // SAFETY: a copy of a live graph whose node list is replaced by ours, alive until the call returns.
     let status = unsafe {
@@ -127,5 +133,6 @@ unsafe extern "C" fn compute_patched(backend: sys::ggml_backend_t, graph: *mut s
         log("an attention kernel failed; the graph's result is refused (GGML_STATUS_FAILED)");
         return sys::GGML_STATUS_FAILED;
     }
+    status::graph_done(&snapshot);
     status
 }

@@ -8,6 +8,7 @@ mod plugin;
 mod rows;
 mod runtime;
 mod stats;
+mod status;
 mod tensor;
 
 pub use plugin::{register, registry};

@@ -33,12 +33,20 @@ pub struct Context<'m> {
 impl<'m> Context<'m> {
     /// `n_ctx` cells at least. `-c` overrules and must suffice.
     pub fn new(model: &'m Model, args: &ModelArgs, n_ctx: usize, capture: Option<Capture>) -> Result<Context<'m>> {
-        Self::make(model, args, n_ctx, 1, capture)
+        // A state that is saved must fit the small sliding-window cache that llama.cpp's programs make; a cache that is
+        // cut back again and again needs the full one.
+        let swa_full = args.swa_full || capture.is_none();
+        Self::make(model, args, n_ctx, 1, swa_full, capture)
+    }
+
+    /// A context whose states fit the caches of llama.cpp's programs.
+    pub fn for_states(model: &'m Model, args: &ModelArgs, n_ctx: usize) -> Result<Context<'m>> {
+        Self::make(model, args, n_ctx, 1, args.swa_full, None)
     }
 
     /// `n_seq` sequences on one unified cache of `n_ctx` cells, as llama-server has its slots.
     pub fn with_slots(model: &'m Model, args: &ModelArgs, n_ctx: usize, n_seq: u32) -> Result<Context<'m>> {
-        Self::make(model, args, n_ctx, n_seq, None)
+        Self::make(model, args, n_ctx, n_seq, true, None)
     }
 
     fn make(
@@ -46,6 +54,7 @@ impl<'m> Context<'m> {
         args: &ModelArgs,
         n_ctx: usize,
         n_seq: u32,
+        swa_full: bool,
         capture: Option<Capture>,
     ) -> Result<Context<'m>> {
         let n_ctx = match args.ctx_size {
@@ -72,9 +81,8 @@ impl<'m> Context<'m> {
                 Flash::Auto => sys::LLAMA_FLASH_ATTN_TYPE_AUTO,
                 Flash::Off => sys::LLAMA_FLASH_ATTN_TYPE_DISABLED,
             };
-            // A state that is saved must fit the small sliding-window cache that llama.cpp's programs make; a cache
-            // that is cut back again and again needs the full one.
-            p.swa_full = capture.is_none();
+            args.rope.apply(&mut p);
+            p.swa_full = swa_full;
             p.no_perf = true;
             if let Some(c) = capture.as_deref_mut() {
                 p.cb_eval = Some(crate::capture::on_eval);

@@ -89,6 +89,24 @@ impl Model {
         }
     }
 
+    /// BOS and EOS as text, empty where there is none, and whether the tokeniser begins every prompt with BOS.
+    pub fn chat_tokens(&self) -> (String, String, bool) {
+        // SAFETY: as above; at most `len` bytes are written to `buf`.
+        let piece = |token: i32| {
+            let write = |buf, len| unsafe { sys::llama_token_to_piece(self.vocab(), token, buf, len as i32, 0, true) };
+            let mut buf = vec![0u8; 256];
+            let n = if token < 0 { 0 } else { write(buf.as_mut_ptr().cast(), buf.len()) };
+            buf.truncate(n.max(0) as usize);
+            String::from_utf8_lossy(&buf).into_owned()
+        };
+        // SAFETY: as above.
+        let (bos, eos, add) = unsafe {
+            let vocab = self.vocab();
+            (sys::llama_vocab_bos(vocab), sys::llama_vocab_eos(vocab), sys::llama_vocab_get_add_bos(vocab))
+        };
+        (piece(bos), piece(eos), add)
+    }
+
     /// Token ids, with the special tokens that the model wants around a prompt (BOS) if `add_special`, and special
     /// tokens written out in the text taken as such: what llama-completion and llama-server do with a prompt.
     pub fn tokenise(&self, text: &str, add_special: bool) -> Result<Vec<i32>> {

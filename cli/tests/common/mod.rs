@@ -59,14 +59,21 @@ pub fn build_with(model: &Path, folder: &Path, text: &str, more: &[&str]) -> Pat
     output
 }
 
+/// A program of the unmodified llama.cpp, as scripts/llama.sh builds it.
+pub fn program(name: &str) -> PathBuf {
+    let folder = std::env::var_os("SQZ_LLAMA_BIN").map_or_else(|| target().join("llama/bin"), PathBuf::from);
+    let path = folder.join(name);
+    assert!(path.is_file(), "{} is missing: run scripts/llama.sh (make test does)", path.display());
+    path
+}
+
 /// llama-completion of the unmodified llama.cpp on `prompt`, 12 tokens, with these variables set.
 pub fn completion(prompt: &Path, variables: &[(&str, &str)]) -> Output {
-    let folder = std::env::var_os("SQZ_LLAMA_BIN").map_or_else(|| target().join("llama/bin"), PathBuf::from);
     let model = model();
     let args = ["-m", model.to_str().unwrap(), "-f", prompt.to_str().unwrap(), "-n", "12", "--temp", "0", "-no-cnv"];
-    let mut command = Command::new(folder.join("llama-completion"));
+    let mut command = Command::new(program("llama-completion"));
     command.args(args).args(["--no-display-prompt", "-t", "2"]).envs(variables.iter().copied());
-    command.output().unwrap_or_else(|e| panic!("llama-completion: {e}: run scripts/llama.sh (make test does)"))
+    command.output().unwrap_or_else(|e| panic!("llama-completion: {e}"))
 }
 
 pub fn plugin() -> String {
