@@ -2,6 +2,8 @@
 
 #![allow(dead_code)]
 
+pub mod host;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -59,12 +61,16 @@ pub fn build_with(model: &Path, folder: &Path, text: &str, more: &[&str]) -> Pat
     output
 }
 
+/// Folder of llama.cpp's programs.
+pub fn llama_bin() -> PathBuf {
+    std::env::var_os("SQZ_LLAMA_BIN").map_or_else(|| target().join("llama/bin"), PathBuf::from)
+}
+
 /// llama-completion of the unmodified llama.cpp on `prompt`, 12 tokens, with these variables set.
 pub fn completion(prompt: &Path, variables: &[(&str, &str)]) -> Output {
-    let folder = std::env::var_os("SQZ_LLAMA_BIN").map_or_else(|| target().join("llama/bin"), PathBuf::from);
     let model = model();
     let args = ["-m", model.to_str().unwrap(), "-f", prompt.to_str().unwrap(), "-n", "12", "--temp", "0", "-no-cnv"];
-    let mut command = Command::new(folder.join("llama-completion"));
+    let mut command = Command::new(llama_bin().join("llama-completion"));
     command.args(args).args(["--no-display-prompt", "-t", "2"]).envs(variables.iter().copied());
     command.output().unwrap_or_else(|e| panic!("llama-completion: {e}: run scripts/llama.sh (make test does)"))
 }
