@@ -62,17 +62,15 @@ pub const SLOT_FILE: &str = "prefix.slot";
 
 pub fn fixture() -> &'static Fixture {
     static FIXTURE: OnceLock<Fixture> = OnceLock::new();
-    FIXTURE.get_or_init(|| built(&common::model(), "smollm2"))
-}
-
-pub fn built(model: &Path, name: &str) -> Fixture {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("server-{name}"));
-    let slot = folder.join(SLOT_FILE);
-    let index = common::build_with(model, &folder, PREFIX, &["--slot-file", slot.to_str().unwrap()]);
-    let opened = Index::open(&index).unwrap();
-    let (n_prefix, n_layer) = (opened.meta().n_prefix(), opened.shapes().len() as u64);
-    assert!((350..450).contains(&n_prefix), "{n_prefix} tokens: the tests are laid out for about 400");
-    Fixture { folder, index, n_prefix, n_layer }
+    FIXTURE.get_or_init(|| {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("server");
+        let slot = folder.join(SLOT_FILE);
+        let index = common::build(&folder, PREFIX, &["--slot-file", slot.to_str().unwrap()]);
+        let opened = Index::open(&index).unwrap();
+        let (n_prefix, n_layer) = (opened.meta().n_prefix(), opened.shapes().len() as u64);
+        assert!((350..450).contains(&n_prefix), "{n_prefix} tokens: the tests are laid out for about 400");
+        Fixture { folder, index, n_prefix, n_layer }
+    })
 }
 
 /// Number of servers started, for the names of their logs.

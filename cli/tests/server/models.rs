@@ -4,13 +4,16 @@ use std::ffi::CString;
 use std::path::{Path, PathBuf};
 use std::ptr::null_mut;
 
+use ggml_squeeze::index::Index;
 use ggml_squeeze::random::split_mix;
 use llama_cpp_sys_2 as sys;
 use serde_json::json;
 
 use crate::common::host::{squeeze, turn, Answer, Server};
-use crate::common::{model, model_file};
-use crate::{assert_dense, assert_fact, built, fact, fixture, server, BUDGET, N, PREFIX};
+use crate::common::{build_with, model, model_file, sqz, stderr};
+use crate::{
+    assert_dense, assert_fact, fact, fixture, other, server, BUDGET, FACTS, N, OTHERS, PREFIX, SLOT_FILE,
+};
 
 /// Answers to a fact and to a text that repeats itself (n-gram drafts need that), each asked twice.
 fn answers(args: &[&str], budget: Option<&str>) -> (Vec<Answer>, String) {
@@ -111,7 +114,13 @@ fn a_lora_is_refused_and_its_scale_may_change_at_run_time() {
     assert_dense(&with);
     assert_dense(&server.ask(&prompt, N, &one));
 
+    // without the field it is off again, but the server keeps the cells that were made with it
+    let stale = server.ask(&prompt, N, &json!({}));
+    assert!(stale.cache_n > 300, "{}", stale.reply["timings"]);
+    assert_dense(&stale);
+
     // on for everybody: the server keeps the cells that were made without it, and they are what the index says
+    server.slot(0, "erase", "");
     server.ask(&prompt, N, &json!({}));
     assert_fact(&server.ask(&prompt, N, &json!({})), right);
     scale(1.0);
@@ -140,26 +149,49 @@ fn other_rope_flags_than_at_the_build_are_refused() {
     }
 }
 
-/// Gemma-3 has a full-attention layer after every five with a sliding window.
+/// Gemma-3 has a full-attention layer after every five with a sliding window of 512 tokens. A text that the window holds is
+/// refused: its layers could not be told apart, and sliding ones have a cache, hence cells, of their own.
 #[test]
 fn full_attention_layers_of_a_sliding_window_model_are_indexed() {
     let _turn = turn();
     let model = model_file("gemma3-270m.gguf");
-    let gemma = built(&model, "gemma3");
-    assert_eq!(gemma.n_layer, 3);
-    let prompt = fact(0).0;
-    let ask = |variables: &[(String, String)]| {
-        let log = gemma.folder.join("server.log");
-        let server = Server::start(&model, &["-np", "1", "-c", "1024"], variables, &log);
-        let answers = [0, 1].map(|_| server.ask(&prompt, N, &json!({})));
-        (answers, server.stop())
+    let folder = fixture().folder.join("gemma3");
+    std::fs::create_dir_all(&folder).unwrap();
+    let (short, unused) = (folder.join("short.txt"), folder.join("short.sqz.gguf"));
+    std::fs::write(&short, PREFIX).unwrap();
+    let paths = [&model, &short, &unused].map(|p| p.to_str().unwrap());
+    let refused = sqz(&["build", "-m", paths[0], "-f", paths[1], "-o", paths[2]]);
+    assert!(!refused.status.success() && stderr(&refused).contains("sliding window of 512"), "{}", stderr(&refused));
+
+    let long = format!("{}\n{PREFIX}", &OTHERS[0][..1500]);
+    let slot = folder.join(SLOT_FILE);
+    let index = build_with(&model, &folder, &long, &["--slot-file", slot.to_str().unwrap()]);
+    let opened = Index::open(&index).unwrap();
+    assert_eq!(opened.shapes().iter().map(|s| s.layer).collect::<Vec<_>>(), [5, 11, 17]);
+    let prompt = format!("{long}{}", FACTS[0].0);
+    let ask = |full: bool, variables: &[(String, String)]| {
+        let args = ["-np", "2", "-c", "4096", "--kv-unified", "--no-cache-idle-slots", "--slot-save-path"];
+        let more = [folder.to_str().unwrap(), "--swa-full"];
+        let args = [&args[..], if full { &more } else { &more[..1] }].concat();
+        let server = Server::start(&model, &args, variables, &folder.join("server.log"));
+        // the other slot first: in the two kinds of cache the prefix then lies in different cells
+        server.ask_slot(1, &other(1, 2500), N);
+        server.slot(0, "restore", SLOT_FILE);
+        let answers = [0, 1].map(|_| server.ask_slot(0, &prompt, N));
+        server.stop();
+        answers
     };
-    let (dense, _) = ask(&[]);
-    let (sparse, _) = ask(&squeeze(&gemma.index, BUDGET));
-    for (with, without) in sparse.iter().zip(&dense) {
-        assert_eq!(with.content, without.content);
-    }
-    for graph in &sparse[1].graphs {
-        assert_eq!((graph.sparse_nodes, &*graph.dense), (3, "layer not indexed: 15 nodes"), "{}", sparse[1].log);
+    for full in [false, true] {
+        let dense = ask(full, &[]);
+        let sparse = ask(full, &squeeze(&index, BUDGET));
+        for (with, without) in sparse.iter().zip(&dense) {
+            assert_eq!(with.content, without.content);
+            assert!(with.content.starts_with(FACTS[0].1), "{:?}", with.content);
+        }
+        // without --swa-full llama-server takes a restored slot of such a model for too short, and computes it anew
+        assert_eq!(sparse[0].cache_n > 0, full, "{}", sparse[0].log);
+        for graph in sparse[usize::from(!full)..].iter().flat_map(|a| &a.graphs) {
+            assert_eq!((graph.sparse_nodes, &*graph.dense), (3, "layer not indexed: 15 nodes"), "{}", sparse[0].log);
+        }
     }
 }
