@@ -36,7 +36,7 @@ pub struct Config {
     pub force: bool,
     /// Pass every graph through.
     pub disable: bool,
-    /// 0 quiet (problems only), 1 bindings and totals.
+    /// 0 quiet (problems only), 1 bindings and totals, 2 also a line per graph.
     pub log: u32,
     /// Write totals to this file, as one line of JSON, while graphs are computed.
     pub status_path: Option<PathBuf>,
@@ -113,7 +113,7 @@ impl Config {
         if let Some(text) = var("LOG") {
             match text.parse() {
                 Ok(n) => config.log = n,
-                Err(_) => problems.push(format!("GGML_SQUEEZE_LOG={text} is ignored: give 0 or 1")),
+                Err(_) => problems.push(format!("GGML_SQUEEZE_LOG={text} is ignored: give 0, 1 or 2")),
             }
         }
         let mut flag = |name: &str, value: &mut bool| match var(name).as_deref() {

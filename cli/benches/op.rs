@@ -169,15 +169,19 @@ fn stored(rows: &[f16], dim: usize, name: &str, block: usize) -> Vec<u8> {
 }
 
 impl Graph {
-    fn new(backend: sys::ggml_backend_t, shape: Shape, name: &str, n_query: usize, k: &[u8], v: &[u8], n: usize) -> Graph {
+    fn new(
+        backend: sys::ggml_backend_t,
+        shape: Shape,
+        name: &str,
+        n_query: usize,
+        k: &[u8],
+        v: &[u8],
+        n: usize,
+    ) -> Graph {
         let n_kv = n + N_TAIL;
         let (dim, heads) = (shape.dim as i64, shape.n_head_kv as i64);
         let n_layer = (CACHE_BYTES / (k.len() + v.len())).clamp(2, 32);
-        let params = sys::ggml_init_params {
-            mem_size: (16 << 20),
-            mem_buffer: null_mut(),
-            no_alloc: true,
-        };
+        let params = sys::ggml_init_params { mem_size: (16 << 20), mem_buffer: null_mut(), no_alloc: true };
         let mut noise = Noise(3);
         // SAFETY: one context, alive until drop; every tensor is made in it and filled within its size.
         unsafe {
@@ -279,7 +283,12 @@ fn main() {
     let mut ways = vec![Way::Stock, Way::OwnDense];
     ways.extend(args.budgets.iter().map(|b| Way::Sparse(*b)));
     let heads: Vec<String> = args.budgets.iter().map(|b| format!(" {b} us | x stock | x own |")).collect();
-    println!("path {}, {} threads, medians of {}\n", ggml_squeeze::attention::cpu::path(), args.threads, args.repetitions);
+    println!(
+        "path {}, {} threads, medians of {}\n",
+        ggml_squeeze::attention::cpu::path(),
+        args.threads,
+        args.repetitions
+    );
     println!("| type | heads | d | prefix | queries | stock us | own dense us |{}", heads.concat());
     println!("|---|---|---:|---:|---:|---:|---:|{}", "---:|---:|---:|".repeat(heads.len()));
     for shape_text in &args.shapes {

@@ -138,6 +138,15 @@ pub fn make_of(args: &BuildArgs, text: &str) -> Result<Report> {
         settings.n_window,
         DEFAULT_MIN_PREFIX,
     );
+    // Masks show which layers slide only where the window has moved on; those layers have a cache, hence cells, of their own.
+    ensure!(
+        tokens.len() > model.n_swa(),
+        "{} has {} tokens, and this model's layers with a sliding window of {} tokens see all of them: they cannot be told from \
+         the layers to index; give a longer text",
+        args.file.display(),
+        tokens.len(),
+        model.n_swa(),
+    );
     if tokens.len() > model.n_ctx_train() {
         eprintln!("warning: {} tokens, but the model was trained on {}", tokens.len(), model.n_ctx_train());
     }

@@ -86,7 +86,7 @@ fn a_host_with_a_bad_index_lives_and_stays_dense() {
     assert_eq!(said.len(), cases.len(), "two cases share a message: {said:#?}");
 
     // an index of another model: one of another shape, and one that differs in a later layer alone
-    let gemma = build_with(&model_file("gemma3-270m.gguf"), &folder.path().join("gemma"), &text(900), &[]);
+    let gemma = build_with(&model_file("gemma3-270m.gguf"), &folder.path().join("gemma"), &text(2400), &[]);
     let tuned = folder.path().join("tuned.gguf");
     scale_tensor(&model(), &tuned, c"blk.11.attn_norm.weight");
     let tuned = build_with(&tuned, &folder.path().join("tuned-index"), &text(900), &[]);

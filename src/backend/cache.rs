@@ -118,7 +118,7 @@ impl Caches {
         for (number, loaded) in snapshot.indexes.iter().enumerate() {
             let Some(rows) = self.rows(loaded.matcher.index.sketch().layer, 0) else { continue };
             if !loaded.matcher.fits(&rows) {
-                let shape = format!("the rows of its cache have {} and {} elements", rows.k_len, rows.v_len);
+                let shape = format!("the rows of its cache have {} and {} elements", rows.k.len, rows.v.len);
                 self.tell(snapshot, number, &shape);
             }
         }

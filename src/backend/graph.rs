@@ -9,8 +9,8 @@ use std::sync::{Arc, OnceLock};
 use ggml_sys as sys;
 
 use super::cache::{Caches, Writes, MAX_SEARCHES};
-use super::runtime::{count, Loaded, Snapshot};
-use super::stats::Reason;
+use super::runtime::{count, stats, Loaded, Snapshot};
+use super::stats::{log, Reason};
 use super::tensor::{problem, Half, Tensor};
 use crate::attention::cpu::Plan;
 use crate::attention::{Array, Binding, Call, Problem, Rotation, Row};
@@ -188,6 +188,7 @@ impl Instance {
             return None;
         }
         count(|s| s.graphs += 1);
+        let before = (config.log > 1).then(stats);
         let mut rewrite = Rewrite::new();
         let mut known: Vec<Rows> = Vec::new();
         let mut searches = 0;
@@ -203,6 +204,10 @@ impl Instance {
                     rewrite.nodes.push(raw);
                 }
             }
+        }
+        if let Some(before) = before {
+            let q = nodes.iter().find(|n| n.is_flash_attention()).and_then(|n| n.src(0));
+            log(stats().graph_line(&before, q.map_or(0, |q| q.ne()[1] * q.ne()[3])));
         }
         (!rewrite.custom.is_empty()).then_some(rewrite)
     }

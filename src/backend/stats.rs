@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::Write;
 
 /// Why an attention node stayed dense.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -76,6 +77,17 @@ impl Stats {
     pub(crate) fn dense(&mut self, reason: Reason) {
         *self.nodes_dense.entry(reason.name()).or_default() += 1;
     }
+
+    /// Nodes and rows counted since `before`, as the line of one graph with `n_row` query rows says it.
+    pub(crate) fn graph_line(&self, before: &Stats, n_row: usize) -> String {
+        let sparse = self.nodes_sparse.saturating_sub(before.nodes_sparse);
+        let rows = self.rows_sparse.saturating_sub(before.rows_sparse);
+        let since = |name: &str, n: u64| n.saturating_sub(before.nodes_dense.get(name).copied().unwrap_or(0));
+        let dense = self.nodes_dense.iter().map(|(name, n)| (name, since(name, *n))).filter(|(_, n)| *n > 0);
+        let dense: String = dense.map(|(name, n)| format!(", {name}: {n} nodes")).collect();
+        let of = rows.checked_div(sparse).unwrap_or(0);
+        format!("graph of {n_row} query rows: sparse {sparse} nodes with {of} rows{dense}")
+    }
 }
 
 impl fmt::Display for Stats {
@@ -94,7 +106,9 @@ impl fmt::Display for Stats {
     }
 }
 
-/// One line for people, on stderr.
+/// One line for people, on stderr, in one piece: the host's own threads write there too.
 pub(crate) fn log(text: impl fmt::Display) {
-    eprintln!("squeeze: {text}");
+    let line = format!("squeeze: {text}\n");
+    // nobody is left to tell when stderr is gone
+    let _ = std::io::stderr().write_all(line.as_bytes());
 }

@@ -52,6 +52,12 @@ impl Model {
         unsafe { sys::llama_model_n_ctx_train(self.raw.as_ptr()) as usize }
     }
 
+    /// Width of the sliding window that some layers have, or all; 0 without.
+    pub fn n_swa(&self) -> usize {
+        // SAFETY: as above.
+        unsafe { sys::llama_model_n_swa(self.raw.as_ptr()).max(0) as usize }
+    }
+
     pub fn rope_type(&self) -> i32 {
         // SAFETY: as above.
         unsafe { sys::llama_model_rope_type(self.raw.as_ptr()) }

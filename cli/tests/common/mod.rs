@@ -2,6 +2,8 @@
 
 #![allow(dead_code)]
 
+pub mod host;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -59,10 +61,14 @@ pub fn build_with(model: &Path, folder: &Path, text: &str, more: &[&str]) -> Pat
     output
 }
 
+/// Folder of llama.cpp's programs.
+pub fn llama_bin() -> PathBuf {
+    std::env::var_os("SQZ_LLAMA_BIN").map_or_else(|| target().join("llama/bin"), PathBuf::from)
+}
+
 /// A program of the unmodified llama.cpp, as scripts/llama.sh builds it.
 pub fn program(name: &str) -> PathBuf {
-    let folder = std::env::var_os("SQZ_LLAMA_BIN").map_or_else(|| target().join("llama/bin"), PathBuf::from);
-    let path = folder.join(name);
+    let path = llama_bin().join(name);
     assert!(path.is_file(), "{} is missing: run scripts/llama.sh (make test does)", path.display());
     path
 }
