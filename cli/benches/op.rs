@@ -117,7 +117,7 @@ fn index(shape: Shape, k: &[f16], v: &[f16], n_layer: u32) -> Index {
     };
     let (parts, scores) = build::index_layer(&capture, &settings, &|_| ()).expect("the capture is well formed");
     let n_prefix = k.len() / (shape.n_head_kv * shape.dim);
-    let mut meta = sample_parts(1, 200, 1, shape.n_head_kv as u32, shape.dim as u32, shape.dim as u32, 4).meta;
+    let mut meta = sample_parts(1, 200, 1, shape.n_head_kv, shape.dim, shape.dim, 4).meta;
     meta.tokens = (0..n_prefix as i32).collect();
     (meta.n_sink, meta.n_window, meta.n_layer) = (settings.n_sink, settings.n_window, n_layer);
     meta.calibration = build::calibrate(&vec![scores; n_layer as usize], &build::BUDGETS);
@@ -276,7 +276,7 @@ fn main() {
     let args = Args::parse();
     sqz::llama::start(false).expect("ggml's backends load");
     let stock = cpu_backend(args.threads);
-    let spread = args.spread.into();
+    let spread = args.spread.value();
     backend::register(Config { min_prefix: 0, spread, ..Config::default() }).expect("this is our ggml");
     let ours = cpu_backend(args.threads);
 
