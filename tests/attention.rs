@@ -112,10 +112,11 @@ type Drawn = (
 );
 
 fn spec_of((seed, shape, prefix, select, (flags, softcap), (k_type, v_type, k, v)): Drawn) -> Spec {
-    let whole = |size: usize, element: Element| if size % element.block() == 0 { size } else { 96 };
+    let whole = |size: usize, element: Element| if size.is_multiple_of(element.block()) { size } else { 96 };
     let (dk, dv) = (whole(shape.0, k_type), whole(shape.1, v_type));
     // Every second cache is plain; the largest blocks are those that divide the head size.
-    let block = |n: usize, size: usize| if n % 2 == 0 { 0 } else { 1 << (n.min(size.trailing_zeros() as usize)) };
+    let block =
+        |n: usize, size: usize| if n.is_multiple_of(2) { 0 } else { 1 << (n.min(size.trailing_zeros() as usize)) };
     Spec {
         seed,
         dk,

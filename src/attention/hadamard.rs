@@ -25,7 +25,7 @@ pub fn rotate(x: &mut [f32], block: usize) {
 
 /// Whether `block` is one that rotations of rows of `size` elements may have: 0, or a power of two that divides it.
 pub fn fits(block: usize, size: usize) -> bool {
-    block == 0 || (block.is_power_of_two() && size % block == 0)
+    block == 0 || (block.is_power_of_two() && size.is_multiple_of(block))
 }
 
 #[cfg(test)]
@@ -40,7 +40,7 @@ mod tests {
             rotate(&mut y, block);
             for (i, y) in y.iter().enumerate() {
                 let (from, i) = (i / block * block, i % block);
-                let sign = |j: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+                let sign = |j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
                 let want: f64 = (0..block).map(|j| sign(j) * x[from + j] as f64).sum::<f64>() / (block as f64).sqrt();
                 assert!((*y as f64 - want).abs() < 1e-6, "block {block}, row {i}");
             }

@@ -61,7 +61,7 @@ fn rotated(x: &[f64], block: usize) -> Vec<f64> {
     if block == 0 {
         return x.to_vec();
     }
-    let sign = |i: usize, j: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+    let sign = |i: usize, j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
     let row = |i: usize| {
         let own = &x[i / block * block..(i / block + 1) * block];
         own.iter().enumerate().map(|(j, x)| sign(i % block, j) * x).sum::<f64>() / (block as f64).sqrt()

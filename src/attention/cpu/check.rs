@@ -99,5 +99,5 @@ fn equal(what: &'static str, dim: usize, got: usize, want: usize) -> Result<(), 
 
 /// `got` is a multiple of `step`, which is not 0.
 fn multiple(what: &'static str, dim: usize, got: usize, step: usize) -> Result<(), Unsupported> {
-    (step > 0 && got % step == 0).then_some(()).ok_or(Unsupported::Shape { what, dim, got, want: step })
+    (step > 0 && got.is_multiple_of(step)).then_some(()).ok_or(Unsupported::Shape { what, dim, got, want: step })
 }

@@ -85,6 +85,19 @@ pub(super) fn prefetch<T>(at: *const T) {
     let _ = at;
 }
 
+/// Asks for the lines of rows `from..to`, as far as there are any; rows start anywhere in a line.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline]
+pub(super) fn fetch(rows: &[*const u8], from: usize, to: usize, bytes: usize) {
+    for row in &rows[from.min(rows.len())..to.min(rows.len())] {
+        let mut line = row.wrapping_sub(*row as usize % 64);
+        while line < row.wrapping_add(bytes) {
+            prefetch(line);
+            line = line.wrapping_add(64);
+        }
+    }
+}
+
 /// `out[g * BLOCK + r] = q_g . row_r` for the heads in `q` (`[G][d]`). `next` are rows wanted soon.
 ///
 /// # Safety
@@ -100,7 +113,7 @@ pub(super) unsafe fn dots(
     next: &[*const u8],
     out: &mut [f32],
 ) {
-    debug_assert!(rows.len() % 4 == 0 && rows.len() <= BLOCK && out.len() >= q.len() / d * BLOCK);
+    debug_assert!(rows.len().is_multiple_of(4) && rows.len() <= BLOCK && out.len() >= q.len() / d * BLOCK);
     dispatch!(path, dots(source, q, d, rows, next, out))
 }
 
@@ -118,7 +131,7 @@ pub(super) unsafe fn accumulate(
     next: &[*const u8],
     acc: &mut [f32],
 ) {
-    debug_assert!(rows.len() % 4 == 0 && rows.len() <= BLOCK && p.len() >= acc.len() / d * BLOCK);
+    debug_assert!(rows.len().is_multiple_of(4) && rows.len() <= BLOCK && p.len() >= acc.len() / d * BLOCK);
     dispatch!(path, accumulate(source, p, d, rows, next, acc))
 }
 

@@ -43,7 +43,7 @@ impl Workspace {
     /// `at + n * size_of::<T>()` lies inside the workspace, `at` is aligned for T, any bits are a T, and nobody else
     /// uses that part while the result lives.
     pub(super) unsafe fn slice<'a, T>(&self, at: usize, n: usize) -> &'a mut [T] {
-        debug_assert!(at + n * size_of::<T>() <= self.lines.len() * 64 && at % align_of::<T>() == 0);
+        debug_assert!(at + n * size_of::<T>() <= self.lines.len() * 64 && at.is_multiple_of(align_of::<T>()));
         // SAFETY: the contract.
         unsafe { std::slice::from_raw_parts_mut(self.base.add(at).cast(), n) }
     }
@@ -51,7 +51,7 @@ impl Workspace {
     /// # Safety
     /// As for `slice`, but others may read that part too.
     pub(super) unsafe fn shared<'a, T>(&self, at: usize, n: usize) -> &'a [T] {
-        debug_assert!(at + n * size_of::<T>() <= self.lines.len() * 64 && at % align_of::<T>() == 0);
+        debug_assert!(at + n * size_of::<T>() <= self.lines.len() * 64 && at.is_multiple_of(align_of::<T>()));
         // SAFETY: the contract.
         unsafe { std::slice::from_raw_parts(self.base.add(at).cast(), n) }
     }

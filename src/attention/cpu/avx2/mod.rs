@@ -7,20 +7,10 @@ mod math;
 
 use std::arch::x86_64::*;
 
-use super::kernels::{of_source, Source, BLOCK};
+use super::kernels::{fetch, of_source, Source, BLOCK};
 use element::{Element, Q4_0, Q8_0};
 use element::{BF16, F16, F32, U8};
 pub(super) use math::{add_scaled, cap, exp_sum, max, weighted_sum};
-
-#[inline]
-fn prefetch(rows: &[*const u8], from: usize, bytes: usize) {
-    for row in rows.iter().skip(from).take(4) {
-        for at in (0..bytes).step_by(64) {
-            // SAFETY: a prefetch reads nothing and cannot fault.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(at).cast()) };
-        }
-    }
-}
 
 /// Sums of four vectors, in order.
 #[inline]
@@ -80,7 +70,7 @@ unsafe fn dots_tile<E: Element, const H: usize>(q: *const f32, d: usize, rows: &
 unsafe fn dots_of<E: Element>(q: &[f32], d: usize, rows: &[*const u8], next: &[*const u8], out: &mut [f32]) {
     let heads = q.len() / d;
     for r in (0..rows.len()).step_by(4) {
-        prefetch(next, r, d * E::BYTES / 32);
+        fetch(next, r, r + 4, d * E::BYTES / 32);
         let tile = &rows[r..r + 4];
         let mut h = 0;
         while h < heads {
@@ -171,7 +161,7 @@ unsafe fn values_tile<E: Element, const N: usize>(
 unsafe fn accumulate_of<E: Element>(p: &[f32], d: usize, rows: &[*const u8], next: &[*const u8], acc: &mut [f32]) {
     let heads = acc.len() / d;
     for r in (0..rows.len()).step_by(4) {
-        prefetch(next, r, d * E::BYTES / 32);
+        fetch(next, r, r + 4, d * E::BYTES / 32);
         let tile = &rows[r..r + 4];
         // SAFETY: rows `r..r + 4` are in every block of `p`; the tiles stay below `d`.
         unsafe {

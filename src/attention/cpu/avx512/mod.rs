@@ -10,29 +10,10 @@ mod math;
 
 use std::arch::x86_64::*;
 
-use super::kernels::{of_source, Source, BLOCK};
+use super::kernels::{fetch, of_source, Source, BLOCK};
 use element::{Element, Q4_0, Q8_0};
 use element::{BF16, F16, F32, U8};
 pub(super) use math::{add_scaled, cap, exp_sum, max, weighted_sum};
-
-/// Fetches the lines of rows, which start anywhere in a line.
-#[inline]
-fn prefetch(rows: &[*const u8], bytes: usize) {
-    for row in rows {
-        let mut line = row.wrapping_sub(*row as usize % 64);
-        while line < row.wrapping_add(bytes) {
-            // SAFETY: a prefetch reads nothing and cannot fault.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
-            line = line.wrapping_add(64);
-        }
-    }
-}
-
-/// Rows `from..to` of those that are wanted soon, as far as there are any.
-#[inline]
-fn soon(next: &[*const u8], from: usize, to: usize) -> &[*const u8] {
-    &next[from.min(next.len())..to.min(next.len())]
-}
 
 /// Sums of four vectors, in order.
 #[inline]
@@ -77,7 +58,7 @@ unsafe fn dots_tile<E: Element, const R: usize, const H: usize>(
                 }
             }
         }
-        if d % 32 != 0 {
+        if !d.is_multiple_of(32) {
             let (c, mask) = (d / 32, (1u32 << (d % 32)) - 1);
             for r in 0..R {
                 let k = E::load_part(rows[r].add(c * E::BYTES), mask);
@@ -120,7 +101,7 @@ unsafe fn dots_heads<E: Element, const R: usize, const H: usize>(
     out: *mut f32,
 ) {
     for (i, tile) in rows.chunks_exact(R).enumerate() {
-        prefetch(soon(next, R * i, R * i + R), d * E::BYTES / 32);
+        fetch(next, R * i, R * i + R, d * E::BYTES / 32);
         // SAFETY: the same contract.
         unsafe { dots_tile::<E, R, H>(q, d, tile, out.add(R * i)) };
     }
@@ -262,15 +243,14 @@ unsafe fn values_heads<E: Element, const N: usize, const H: usize>(
     next: &[*const u8],
     acc: *mut f32,
 ) {
-    let (mut c, mut next) = (0, next);
+    let (mut c, mut fetched) = (0, 0);
     // The prefetches are spread over the steps.
     let share = next.len().div_ceil((d / 32).div_ceil(N));
     // SAFETY: the same contract; chunks below `d / 32` are whole.
     unsafe {
         while c < d / 32 {
-            let (now, later) = next.split_at(share.min(next.len()));
-            prefetch(now, d * E::BYTES / 32);
-            next = later;
+            fetch(next, fetched, fetched + share, d * E::BYTES / 32);
+            fetched += share;
             if c + N <= d / 32 {
                 values_tile::<E, N, H>(p, d, c, rows, acc);
             } else {
@@ -278,7 +258,7 @@ unsafe fn values_heads<E: Element, const N: usize, const H: usize>(
             }
             c += N;
         }
-        if d % 32 != 0 {
+        if !d.is_multiple_of(32) {
             values_rest::<E, H>(p, d, rows, acc);
         }
     }

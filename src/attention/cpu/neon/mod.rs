@@ -8,16 +8,10 @@ mod math;
 
 use std::arch::aarch64::*;
 
-use super::kernels::{of_source, prefetch, Source, BLOCK};
+use super::kernels::{fetch, of_source, Source, BLOCK};
 use element::{Element, Q4_0, Q8_0};
 use element::{BF16, F16, F32, U8};
 pub(super) use math::{add_scaled, cap, exp_sum, max, weighted_sum};
-
-fn fetch(rows: &[*const u8], from: usize, bytes: usize) {
-    for row in rows.iter().skip(from).take(4) {
-        (0..bytes).step_by(64).chain([bytes - 1]).for_each(|at| prefetch(row.wrapping_add(at)));
-    }
-}
 
 /// Four rows by H heads.
 ///
@@ -62,7 +56,7 @@ unsafe fn dots_tile<E: Element, const H: usize>(q: *const f32, d: usize, rows: &
 unsafe fn dots_of<E: Element>(q: &[f32], d: usize, rows: &[*const u8], next: &[*const u8], out: &mut [f32]) {
     let heads = q.len() / d;
     for r in (0..rows.len()).step_by(4) {
-        fetch(next, r, d * E::BYTES / 32);
+        fetch(next, r, r + 4, d * E::BYTES / 32);
         let tile = &rows[r..r + 4];
         let mut h = 0;
         while h < heads {
@@ -136,7 +130,7 @@ unsafe fn values_tile<E: Element, const N: usize>(
 unsafe fn accumulate_of<E: Element>(p: &[f32], d: usize, rows: &[*const u8], next: &[*const u8], acc: &mut [f32]) {
     let heads = acc.len() / d;
     for r in (0..rows.len()).step_by(4) {
-        fetch(next, r, d * E::BYTES / 32);
+        fetch(next, r, r + 4, d * E::BYTES / 32);
         let tile = &rows[r..r + 4];
         // SAFETY: rows `r..r + 4` are in every block of `p`; the tiles stay below `d`.
         unsafe {
