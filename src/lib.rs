@@ -8,5 +8,6 @@ pub mod backend;
 pub mod build;
 pub mod capi;
 pub mod config;
+pub mod hadamard;
 pub mod index;
 pub mod random;

@@ -4,7 +4,8 @@ mod attend_case;
 
 use attend_case::{decode, encode, Case, Spec, LAYER};
 use ggml_squeeze::attention::cpu::{self, Options, Path, Plan, Schedule, Unsupported};
-use ggml_squeeze::attention::{hadamard, oracle, Call, Element, Mode, Rotation, Row, Selection, Spread};
+use ggml_squeeze::attention::{oracle, Call, Element, Mode, Rotation, Row, Selection, Spread};
+use ggml_squeeze::hadamard;
 use proptest::prelude::*;
 
 fn close(got: &[f32], want: &[f64], what: &str) {

@@ -11,10 +11,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
-use ggml_squeeze::attention::hadamard::rotate;
 use ggml_squeeze::backend;
 use ggml_squeeze::build::{self, LayerCapture, Settings};
 use ggml_squeeze::config::{Config, ModeSetting};
+use ggml_squeeze::hadamard::rotate;
 use ggml_squeeze::index::sample::sample_parts;
 use ggml_squeeze::index::{to_bytes, Index, IndexParts};
 use half::f16;
@@ -155,7 +155,7 @@ impl Drop for Graph {
 /// Rows as the cache holds them: in its type, and in llama.cpp's rotated basis if that is quantised.
 fn stored(rows: &[f16], dim: usize, name: &str, block: usize) -> Vec<u8> {
     let mut values: Vec<f32> = rows.iter().map(|x| x.to_f32()).collect();
-    if name.starts_with('q') && dim % 64 == 0 {
+    if name.starts_with('q') && dim.is_multiple_of(64) {
         values.chunks_exact_mut(dim).for_each(|row| rotate(row, block));
     }
     // SAFETY: the buffer holds the rows in their type; a length is one "row" for the library.

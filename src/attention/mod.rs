@@ -1,7 +1,6 @@
 //! The online half: one attention call over a cache, sparse where an index is bound to it.
 
 pub mod cpu;
-pub mod hadamard;
 pub mod oracle;
 pub mod problem;
 pub use problem::*;

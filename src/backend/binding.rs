@@ -6,8 +6,8 @@ use std::sync::Arc;
 use half::f16;
 
 use super::rows::{is_quantised, CacheRows, Row};
-use crate::attention::hadamard::rotate;
 use crate::attention::{Element, Rotation};
+use crate::hadamard::rotate;
 use crate::index::{peak_run, Index, PEAK_RUN, SKETCH_TOLERANCE};
 
 /// Largest relative distance of the probed rows of a later layer, where batch shapes alone give up to 0.015 and a Q8_0 cache

@@ -14,6 +14,7 @@ use super::stats::{log, Reason};
 use super::tensor::{problem, Half, Tensor};
 use crate::attention::cpu::Plan;
 use crate::attention::{Array, Binding, Call, Problem, Rotation, Row};
+use crate::hadamard;
 
 /// What a custom node does.
 enum Work {
@@ -161,11 +162,6 @@ fn unrotated(problem: &Problem, snapshot: &Snapshot) -> bool {
     *DISABLED.get_or_init(read) && snapshot.indexes.iter().any(turned)
 }
 
-fn whole_blocks(problem: &Problem, rotation: Rotation) -> bool {
-    let whole = |size: usize, block: usize| block == 0 || size % block == 0;
-    whole(problem.k.ne[0], rotation.k) && whole(problem.v.ne[0], rotation.v)
-}
-
 impl Instance {
     /// The graph to compute instead of `graph`, or `None` where nothing is ours: then the caller passes it through as it is.
     pub fn rewrite(&mut self, graph: &[*mut sys::ggml_tensor], snapshot: &Snapshot) -> Option<Rewrite> {
@@ -310,7 +306,7 @@ impl Instance {
         }
         let loaded = &snapshot.indexes[number];
         let (selection, rotation) = (loaded.selection, loaded.matcher.rotation(problem.k_type, problem.v_type));
-        if !whole_blocks(&problem, rotation) {
+        if !(hadamard::fits(rotation.k, problem.k.ne[0]) && hadamard::fits(rotation.v, problem.v.ne[0])) {
             return Err(Reason::Shape);
         }
         let rows_of_call = rows.clone();

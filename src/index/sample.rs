@@ -138,8 +138,8 @@ pub fn sample_parts(
     let (k_peaks, v_peaks) = (peaks(n_prefix * runs(row_k)), peaks(n_prefix * runs(row_v)));
     let sketch = SketchParts {
         layer: 0,
-        k_block: if dk % 64 == 0 { 64 } else { 0 },
-        v_block: if dv % 64 == 0 { 64 } else { 0 },
+        k_block: if dk.is_multiple_of(64) { 64 } else { 0 },
+        v_block: if dv.is_multiple_of(64) { 64 } else { 0 },
         k_peaks,
         v_peaks,
         k: random.halves(n_prefix * k_dims.len()),

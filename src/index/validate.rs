@@ -7,6 +7,7 @@ use super::keys::MAX_ROWS;
 use super::layout::{Header, ProbeShape, SketchShape};
 use super::types::*;
 use super::IndexError;
+use crate::hadamard;
 
 /// Far above any model, low enough that products of a few of them fit 64 bits.
 const MAX_HEADS: u32 = 1 << 16;
@@ -141,7 +142,7 @@ fn check_peaks(shapes: &[LayerShape], sketch: &SketchShape) -> Result<(), IndexE
         [("K", sketch.k_block, sketch.n_k_peak, dim_k), ("V", sketch.v_block, sketch.n_v_peak, dim_v)]
     {
         ensure!(
-            block == 0 || (block.is_power_of_two() && head_dim % block == 0),
+            hadamard::fits(block as usize, head_dim as usize),
             "the sketch has blocks of {block} elements of {what} for heads of {head_dim}"
         );
         let most = row(head_dim).div_ceil(PEAK_RUN as u32);

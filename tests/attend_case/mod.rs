@@ -6,6 +6,7 @@ use std::sync::{Arc, Barrier};
 
 use ggml_squeeze::attention::cpu::{Options, Plan, Unsupported};
 use ggml_squeeze::attention::*;
+use ggml_squeeze::hadamard;
 use ggml_squeeze::index::*;
 use half::{bf16, f16};
 

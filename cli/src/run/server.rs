@@ -251,7 +251,7 @@ mod tests {
         assert_eq!(s.name(), "127.0.0.1:81");
         assert_eq!((s.key.as_deref(), s.prefix.as_str()), (Some("a"), "/x"));
         assert_eq!(server("llama-server --host ::,1.2.3.4").unwrap().name(), "[::1]:8080");
-        assert_eq!(server("llama-server --host /tmp/x.sock").unwrap().address, Address::Unix("/tmp/x.sock".into()));
+        assert_eq!(server("llama-server --host /run/x.sock").unwrap().address, Address::Unix("/run/x.sock".into()));
         assert!(server("llama-server --port 0").is_err());
         assert!(server("llama-server --ssl-key-file k").is_err());
     }

@@ -79,7 +79,7 @@ fn a_slot_overwritten_by_other_text_is_dense_from_its_first_token() {
 
 /// Two slots on the prefix (even numbers), two on other text (odd ones): what request `i` of a slot is, and its right answer.
 fn request(slot: usize, i: usize) -> (String, Option<&'static str>) {
-    if slot % 2 == 0 {
+    if slot.is_multiple_of(2) {
         let (prompt, right) = fact(i + slot / 2);
         return (prompt, Some(right));
     }

@@ -6,7 +6,7 @@ use half::f16;
 use super::kernels::{accumulate, cap, dots, exp_sum, max, prefetch, Source, BLOCK};
 use super::lookup::Lookup;
 use super::memory::{Pair, Rows, Scratch};
-use crate::attention::hadamard;
+use crate::hadamard;
 use crate::index::Members;
 
 /// Softmax state of the heads of a group.

@@ -1,7 +1,8 @@
 //! Whether the kernels can run a call; what they rely on is checked here, once per plan.
 
 use super::{Unsupported, HEAD_DIM_MAX, HEAD_DIM_MIN, HEAD_DIM_STEP};
-use crate::attention::{hadamard, Array, Call, Row};
+use crate::attention::{Array, Call, Row};
+use crate::hadamard;
 
 pub(super) fn check(call: &Call) -> Result<(), Unsupported> {
     let p = &call.problem;

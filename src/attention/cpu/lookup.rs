@@ -2,7 +2,8 @@
 
 use super::kernels::{add_scaled, dots, exp_sum, max, weighted_sum, Source, BLOCK};
 use super::memory::{Pair, Rows, Scratch, Space};
-use crate::attention::{hadamard, keys_of_share, Binding, Mode, Selection, Spread};
+use crate::attention::{keys_of_share, Binding, Mode, Selection, Spread};
+use crate::hadamard;
 use crate::index::LayerView;
 
 /// A sparse (row, KV head) with its index.
