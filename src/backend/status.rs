@@ -59,12 +59,14 @@ impl Speed {
 struct Writer {
     speed: Speed,
     last_write: Option<Instant>,
+    /// Bindings made and dropped, as last written.
+    bindings: (u64, u64),
     failed: bool,
 }
 
 static WRITER: Mutex<Option<Writer>> = Mutex::new(None);
 
-/// Counts a graph that has just been computed and, where half a second has passed, writes the file. Does nothing without
+/// Counts a graph that has just been computed and, where half a second has passed or a binding has changed, writes the file. Does nothing without
 /// `Config::status_path`.
 pub fn graph_done(snapshot: &Snapshot) {
     let Some(path) = &snapshot.config.status_path else { return };
@@ -74,7 +76,9 @@ pub fn graph_done(snapshot: &Snapshot) {
     let writer = guard.get_or_insert_default();
     let now = Instant::now();
     writer.speed.graph(&totals, n_layer, now);
-    if writer.last_write.is_none_or(|last| now.saturating_duration_since(last) >= INTERVAL) {
+    // a short answer may be over within the interval: its binding is written even so
+    let changed = writer.bindings != (totals.bound, totals.unbound);
+    if changed || writer.last_write.is_none_or(|last| now.saturating_duration_since(last) >= INTERVAL) {
         writer.write(path, &totals, now);
     }
 }
@@ -89,6 +93,7 @@ pub fn finish(snapshot: &Snapshot) {
 impl Writer {
     fn write(&mut self, path: &Path, totals: &Stats, now: Instant) {
         self.last_write = Some(now);
+        self.bindings = (totals.bound, totals.unbound);
         if self.failed {
             return;
         }
