@@ -167,8 +167,8 @@ impl Server {
 
     /// POST with a JSON reply; panics with the log where the server refuses.
     pub fn post(&self, path: &str, body: &Value) -> Value {
-        let (code, reply) = http(self.port, "POST", path, &body.to_string())
-            .unwrap_or_else(|e| panic!("{path}: {e}\n{}", self.log()));
+        let (code, reply) =
+            http(self.port, "POST", path, &body.to_string()).unwrap_or_else(|e| panic!("{path}: {e}\n{}", self.log()));
         assert_eq!(code, 200, "{path}: {reply}\n{}", self.log());
         serde_json::from_str(&reply).unwrap_or_else(|e| panic!("{path}: {e}: {reply}"))
     }

@@ -1,6 +1,5 @@
 //! Several slots on one cache, or on one each.
 
-
 use crate::common::host::{graphs, turn, Answer};
 use crate::{assert_dense, assert_fact, fact, fixture, other, server, BUDGET, N, OTHERS, PREFIX};
 
