@@ -55,7 +55,7 @@ pub struct Caches {
     deepest_seen: u32,
     pub bound: Vec<Bound>,
     generation: u64,
-    /// Indexes of which it was said already that they do not belong to this model.
+    /// Indexes of which it was said already why they are not used.
     told: Vec<usize>,
 }
 
@@ -118,24 +118,23 @@ impl Caches {
         for (number, loaded) in snapshot.indexes.iter().enumerate() {
             let Some(rows) = self.rows(loaded.matcher.index.sketch().layer, 0) else { continue };
             if !loaded.matcher.fits(&rows) {
-                let shape = format!("the rows of its cache have {} and {} elements", rows.k.len, rows.v.len);
-                self.tell(snapshot, number, &shape);
+                let model = &loaded.matcher.index.meta().model.name;
+                let why = format!(
+                    "was built with another model ({model}) than this one (the rows of its cache have {} and {} elements): \
+                     attention stays dense with this model; build an index with it",
+                    rows.k.len, rows.v.len
+                );
+                self.tell(snapshot, number, &why);
             }
         }
     }
 
-    /// Says once that an index is of another model than this context's.
+    /// Says once why an index is not used in this context although its layers or tokens are there.
     fn tell(&mut self, snapshot: &Snapshot, index_number: usize, why: &str) {
-        if self.told.contains(&index_number) {
-            return;
+        if !self.told.contains(&index_number) {
+            self.told.push(index_number);
+            log(format_args!("{} {why}", name(snapshot, index_number)));
         }
-        self.told.push(index_number);
-        let model = &snapshot.indexes[index_number].matcher.index.meta().model.name;
-        let index = name(snapshot, index_number);
-        log(format_args!(
-            "{index} was built with another model ({model}) than this one ({why}): attention stays dense with this model; \
-             build an index with it"
-        ));
     }
 
     fn still_holds(&self, bound: &mut Bound, snapshot: &Snapshot) -> bool {
@@ -176,8 +175,17 @@ impl Caches {
                 .map(|&r| (r as usize % rows.n_cell) as u32)
                 .collect();
             let Some(cells) = matcher.find(&rows, visible, &|cell| !written.contains(&cell)) else { continue };
+            // a part of the model (an eval callback, layers split over servers) says nothing about the rest
+            if matcher.index.probes().iter().any(|probe| self.rows(probe.layer, stream).is_none()) {
+                continue;
+            }
             if !matcher.probes_agree(&cells, &|layer| self.rows(layer, stream)) {
-                self.tell(snapshot, index_number, "the same tokens have other keys in later layers");
+                let model = &matcher.index.meta().model.name;
+                let why = format!(
+                    "has other keys in later layers than this cache for the same tokens: another model than {model}, a LoRA, \
+                     or cells moved from behind another text; attention over them stays dense"
+                );
+                self.tell(snapshot, index_number, &why);
                 continue;
             }
             let Some(deep) = self.rows(guard_layer(matcher), stream) else { continue };
