@@ -3,7 +3,7 @@
 set -euo pipefail
 fail() { echo "setup.sh: $*" >&2; exit 1; }
 
-command -v cargo > /dev/null || fail "cargo is missing. Install Rust 1.85 or later, from Debian ('apt-get install rustup' and\
+command -v cargo > /dev/null || fail "cargo is missing. Install Rust 1.89 or later, from Debian ('apt-get install rustup' and\
  'rustup default stable') or as https://rustup.rs says; then run this again"
 for component in fmt clippy; do
     cargo "$component" --version > /dev/null 2>&1 || fail "cargo $component is missing: run 'rustup component add rustfmt clippy'"

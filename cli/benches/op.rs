@@ -168,6 +168,11 @@ fn stored(rows: &[f16], dim: usize, name: &str, block: usize) -> Vec<u8> {
     }
 }
 
+/// Layers of a graph whose K and V rows these are.
+fn layers_of(k: &[u8], v: &[u8]) -> usize {
+    (CACHE_BYTES / (k.len() + v.len())).clamp(2, 32)
+}
+
 impl Graph {
     fn new(
         backend: sys::ggml_backend_t,
@@ -180,7 +185,7 @@ impl Graph {
     ) -> Graph {
         let n_kv = n + N_TAIL;
         let (dim, heads) = (shape.dim as i64, shape.n_head_kv as i64);
-        let n_layer = (CACHE_BYTES / (k.len() + v.len())).clamp(2, 32);
+        let n_layer = layers_of(k, v);
         let params = sys::ggml_init_params { mem_size: (16 << 20), mem_buffer: null_mut(), no_alloc: true };
         let mut noise = Noise(3);
         // SAFETY: one context, alive until drop; every tensor is made in it and filled within its size.
@@ -296,13 +301,13 @@ fn main() {
         for &n in &args.lengths {
             let mut noise = Noise(1);
             let (k, v) = (rows(shape, n, &mut noise), rows(shape, n, &mut noise));
-            let index = Arc::new(index(shape, &k, &v, 32));
-            backend::set_indexes(vec![index]);
             for name in &args.types {
                 let k_block = (1 << (shape.dim.trailing_zeros())).max(64);
-                let (k, v) = (stored(&k, shape.dim, name, k_block), stored(&v, shape.dim, name, 64));
+                let (k_stored, v_stored) = (stored(&k, shape.dim, name, k_block), stored(&v, shape.dim, name, 64));
+                let n_layer = layers_of(&k_stored, &v_stored) as u32;
+                backend::set_indexes(vec![Arc::new(index(shape, &k, &v, n_layer))]);
                 for &n_query in &args.queries {
-                    let graph = Graph::new(stock, shape, name, n_query, &k, &v, n);
+                    let graph = Graph::new(stock, shape, name, n_query, &k_stored, &v_stored, n);
                     let mut times = vec![Vec::new(); ways.len()];
                     for repetition in 0..args.repetitions + 2 {
                         for (way, times) in ways.iter().zip(&mut times) {

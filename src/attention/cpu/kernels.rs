@@ -30,22 +30,90 @@ impl From<Element> for Source {
     }
 }
 
+/// The sources as types: a path implements its loads on them.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(super) mod stored {
+    use crate::attention::Element;
+
+    /// How the elements of a row are stored, 32 of them at a time: a chunk.
+    pub(in super::super) trait Chunk {
+        /// Bytes of a chunk.
+        const BYTES: usize;
+    }
+
+    macro_rules! stored {
+        ($($name:ident: $bytes:expr),*) => {
+            $(
+                #[allow(non_camel_case_types)]
+                pub(in super::super) struct $name;
+                impl Chunk for $name {
+                    const BYTES: usize = $bytes;
+                }
+            )*
+        };
+    }
+
+    stored!(
+        F32: Element::F32.row_bytes(32),
+        F16: Element::F16.row_bytes(32),
+        BF16: Element::BF16.row_bytes(32),
+        Q8_0: Element::Q8_0.row_bytes(32),
+        Q4_0: Element::Q4_0.row_bytes(32),
+        U8: 32
+    );
+}
+
 /// Calls a function that is generic over the element type with the type that a source names. The types have the sources'
 /// names; a new one is a row here and an implementation per path.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! of_source {
     ($source:expr, $name:ident($($arg:expr),*)) => {
         match $source {
-            Source::F32 => $name::<F32>($($arg),*),
-            Source::F16 => $name::<F16>($($arg),*),
-            Source::BF16 => $name::<BF16>($($arg),*),
-            Source::Q8_0 => $name::<Q8_0>($($arg),*),
-            Source::Q4_0 => $name::<Q4_0>($($arg),*),
-            Source::U8 => $name::<U8>($($arg),*),
+            Source::F32 => $name::<stored::F32>($($arg),*),
+            Source::F16 => $name::<stored::F16>($($arg),*),
+            Source::BF16 => $name::<stored::BF16>($($arg),*),
+            Source::Q8_0 => $name::<stored::Q8_0>($($arg),*),
+            Source::Q4_0 => $name::<stored::Q4_0>($($arg),*),
+            Source::U8 => $name::<stored::U8>($($arg),*),
+        }
+    };
+}
+
+/// A path's `dots` and `accumulate`, from its `dots_of` and `accumulate_of` that are generic over the element type.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! over_sources {
+    () => {
+        /// # Safety
+        /// See `kernels::dots`; the processor has what this path needs.
+        pub(super) unsafe fn dots(
+            source: Source,
+            q: &[f32],
+            d: usize,
+            rows: &[*const u8],
+            next: &[*const u8],
+            out: &mut [f32],
+        ) {
+            // SAFETY: the same contract.
+            unsafe { of_source!(source, dots_of(q, d, rows, next, out)) }
+        }
+
+        /// # Safety
+        /// See `kernels::accumulate`; the processor has what this path needs.
+        pub(super) unsafe fn accumulate(
+            source: Source,
+            p: &[f32],
+            d: usize,
+            rows: &[*const u8],
+            next: &[*const u8],
+            acc: &mut [f32],
+        ) {
+            // SAFETY: the same contract.
+            unsafe { of_source!(source, accumulate_of(p, d, rows, next, acc)) }
         }
     };
 }
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-pub(super) use of_source;
+pub(super) use {of_source, over_sources};
 
 macro_rules! dispatch {
     ($path:expr, $name:ident($($arg:expr),*)) => {

@@ -2,10 +2,10 @@
 
 use std::arch::x86_64::*;
 
-/// How the elements of a row are stored. A chunk is 32 of them.
-pub(super) trait Element {
-    /// Bytes of a chunk.
-    const BYTES: usize;
+use crate::attention::cpu::kernels::stored::{Chunk, BF16, F16, F32, Q4_0, Q8_0, U8};
+
+/// Elements of a chunk as vectors.
+pub(super) trait Element: Chunk {
     /// What all elements of a chunk share.
     type Scale: Copy;
     /// Reads what the elements of a chunk share.
@@ -20,20 +20,10 @@ pub(super) trait Element {
     unsafe fn load(chunk: *const u8, j: usize, scale: Self::Scale) -> __m256;
 }
 
-pub(super) struct F32;
-pub(super) struct F16;
-pub(super) struct BF16;
-#[allow(non_camel_case_types)]
-pub(super) struct Q8_0;
-#[allow(non_camel_case_types)]
-pub(super) struct Q4_0;
-pub(super) struct U8;
-
 /// A type whose elements share nothing.
 macro_rules! plain {
     ($name:ident, $size:expr, |$at:ident| $load:expr) => {
         impl Element for $name {
-            const BYTES: usize = 32 * $size;
             type Scale = ();
             #[inline]
             #[target_feature(enable = "avx2,fma,f16c")]
@@ -69,7 +59,6 @@ unsafe fn block_scale(block: *const u8) -> __m256 {
 }
 
 impl Element for Q8_0 {
-    const BYTES: usize = 34;
     type Scale = __m256;
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -87,7 +76,6 @@ impl Element for Q8_0 {
 }
 
 impl Element for Q4_0 {
-    const BYTES: usize = 18;
     type Scale = __m256;
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]

@@ -7,10 +7,11 @@ mod math;
 
 use std::arch::x86_64::*;
 
-use super::kernels::{fetch, of_source, Source, BLOCK};
-use element::{Element, Q4_0, Q8_0};
-use element::{BF16, F16, F32, U8};
+use super::kernels::{fetch, of_source, over_sources, stored, Source, BLOCK};
+use element::Element;
 pub(super) use math::{add_scaled, cap, exp_sum, max, weighted_sum};
+
+over_sources!();
 
 /// Sums of four vectors, in order.
 #[inline]
@@ -97,21 +98,6 @@ unsafe fn dots_of<E: Element>(q: &[f32], d: usize, rows: &[*const u8], next: &[*
     }
 }
 
-/// # Safety
-/// See `kernels::dots`.
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn dots(
-    source: Source,
-    q: &[f32],
-    d: usize,
-    rows: &[*const u8],
-    next: &[*const u8],
-    out: &mut [f32],
-) {
-    // SAFETY: the same contract.
-    unsafe { of_source!(source, dots_of(q, d, rows, next, out)) }
-}
-
 /// Four rows by `8 * N` dimensions from `i`, a multiple of 16, all heads.
 ///
 /// # Safety
@@ -176,19 +162,4 @@ unsafe fn accumulate_of<E: Element>(p: &[f32], d: usize, rows: &[*const u8], nex
             }
         }
     }
-}
-
-/// # Safety
-/// See `kernels::accumulate`.
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn accumulate(
-    source: Source,
-    p: &[f32],
-    d: usize,
-    rows: &[*const u8],
-    next: &[*const u8],
-    acc: &mut [f32],
-) {
-    // SAFETY: the same contract.
-    unsafe { of_source!(source, accumulate_of(p, d, rows, next, acc)) }
 }

@@ -2,10 +2,10 @@
 
 use std::arch::x86_64::*;
 
-/// How the elements of a row are stored. A chunk is 32 of them.
-pub(super) trait Element {
-    /// Bytes of a chunk.
-    const BYTES: usize;
+use crate::attention::cpu::kernels::stored::{Chunk, BF16, F16, F32, Q4_0, Q8_0, U8};
+
+/// Elements of a chunk as vectors.
+pub(super) trait Element: Chunk {
     /// Both halves of a chunk.
     ///
     /// # Safety
@@ -19,20 +19,10 @@ pub(super) trait Element {
     unsafe fn load_part(chunk: *const u8, mask: u32) -> [__m512; 2];
 }
 
-pub(super) struct F32;
-pub(super) struct F16;
-pub(super) struct BF16;
-#[allow(non_camel_case_types)]
-pub(super) struct Q8_0;
-#[allow(non_camel_case_types)]
-pub(super) struct Q4_0;
-pub(super) struct U8;
-
 /// A type of plain numbers: how 16 bits of a mask and an address become a vector, and an address alone.
 macro_rules! plain {
     ($name:ident, $size:expr, |$at:ident| $load:expr, |$mask:ident| $part:expr) => {
         impl Element for $name {
-            const BYTES: usize = 32 * $size;
             #[inline]
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
             unsafe fn load(chunk: *const u8) -> [__m512; 2] {
@@ -90,7 +80,6 @@ unsafe fn block_scale(block: *const u8) -> __m512 {
 }
 
 impl Element for Q8_0 {
-    const BYTES: usize = 34;
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
     unsafe fn load(chunk: *const u8) -> [__m512; 2] {
@@ -113,7 +102,6 @@ impl Element for Q8_0 {
 }
 
 impl Element for Q4_0 {
-    const BYTES: usize = 18;
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
     unsafe fn load(chunk: *const u8) -> [__m512; 2] {

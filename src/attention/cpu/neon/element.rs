@@ -3,10 +3,10 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-/// How the elements of a row are stored. A chunk is 32 of them.
-pub(super) trait Element {
-    /// Bytes of a chunk.
-    const BYTES: usize;
+use crate::attention::cpu::kernels::stored::{Chunk, BF16, F16, F32, Q4_0, Q8_0, U8};
+
+/// Elements of a chunk as vectors.
+pub(super) trait Element: Chunk {
     /// What all elements of a chunk share.
     type Scale: Copy;
     /// Reads what the elements of a chunk share.
@@ -21,20 +21,10 @@ pub(super) trait Element {
     unsafe fn load(chunk: *const u8, j: usize, scale: Self::Scale) -> [float32x4_t; 2];
 }
 
-pub(super) struct F32;
-pub(super) struct F16;
-pub(super) struct BF16;
-#[allow(non_camel_case_types)]
-pub(super) struct Q8_0;
-#[allow(non_camel_case_types)]
-pub(super) struct Q4_0;
-pub(super) struct U8;
-
 /// A type whose elements share nothing.
 macro_rules! plain {
     ($name:ident, $size:expr, |$at:ident| $load:expr) => {
         impl Element for $name {
-            const BYTES: usize = 32 * $size;
             type Scale = ();
             #[inline]
             unsafe fn scale(_chunk: *const u8) {}
@@ -95,7 +85,6 @@ fn scaled(q: int8x8_t, scale: float32x4_t) -> [float32x4_t; 2] {
 }
 
 impl Element for Q8_0 {
-    const BYTES: usize = 34;
     type Scale = float32x4_t;
     #[inline]
     unsafe fn scale(chunk: *const u8) -> float32x4_t {
@@ -110,7 +99,6 @@ impl Element for Q8_0 {
 }
 
 impl Element for Q4_0 {
-    const BYTES: usize = 18;
     type Scale = float32x4_t;
     #[inline]
     unsafe fn scale(chunk: *const u8) -> float32x4_t {
