@@ -2,6 +2,7 @@
 //! trusted for a graph only after its cells were checked against what the graph will write and what the cache holds now.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::Arc;
 
 use super::binding::{always_cells, Matcher};
@@ -119,18 +120,21 @@ impl Caches {
             let Some(rows) = self.rows(loaded.matcher.index.sketch().layer, 0) else { continue };
             if !loaded.matcher.fits(&rows) {
                 let model = &loaded.matcher.index.meta().model.name;
-                let why = format!(
-                    "was built with another model ({model}) than this one (the rows of its cache have {} and {} elements): \
-                     attention stays dense with this model; build an index with it",
-                    rows.k.len, rows.v.len
+                self.tell(
+                    snapshot,
+                    number,
+                    format_args!(
+                        "was built with another model ({model}) than this one (the rows of its cache have {} and {} \
+                         elements): attention stays dense with this model; build an index with it",
+                        rows.k.len, rows.v.len
+                    ),
                 );
-                self.tell(snapshot, number, &why);
             }
         }
     }
 
     /// Says once why an index is not used in this context although its layers or tokens are there.
-    fn tell(&mut self, snapshot: &Snapshot, index_number: usize, why: &str) {
+    fn tell(&mut self, snapshot: &Snapshot, index_number: usize, why: fmt::Arguments<'_>) {
         if !self.told.contains(&index_number) {
             self.told.push(index_number);
             log(format_args!("{} {why}", name(snapshot, index_number)));
@@ -181,11 +185,14 @@ impl Caches {
             }
             if !matcher.probes_agree(&cells, &|layer| self.rows(layer, stream)) {
                 let model = &matcher.index.meta().model.name;
-                let why = format!(
-                    "has other keys in later layers than this cache for the same tokens: another model than {model}, a LoRA, \
-                     or cells moved from behind another text; attention over them stays dense"
+                self.tell(
+                    snapshot,
+                    index_number,
+                    format_args!(
+                        "has other keys in later layers than this cache for the same tokens: another model than {model}, a \
+                         LoRA, or cells moved from behind another text; attention over them stays dense"
+                    ),
                 );
-                self.tell(snapshot, index_number, &why);
                 continue;
             }
             let Some(deep) = self.rows(guard_layer(matcher), stream) else { continue };

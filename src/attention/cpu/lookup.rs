@@ -141,8 +141,10 @@ impl Lookup<'_> {
         };
         count.iter_mut().zip(offsets.windows(2)).for_each(|(n, o)| *n = (o[1] - o[0]) as f32);
         mean.fill(0.0);
-        mass.fill(0.0);
         let by_mass = matches!(self.pair.call.selection.mode, Mode::Mass(_));
+        if by_mass {
+            mass.fill(0.0);
+        }
         let mut sink_share = 0.0;
         for g in 0..group {
             // SAFETY: as above.
