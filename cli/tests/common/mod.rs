@@ -29,9 +29,9 @@ pub fn model_file(name: &str) -> PathBuf {
     path
 }
 
-/// A text of this project, cut to `n` bytes.
+/// A text, cut to `n` bytes. The tests' own file: what is bound in some of them depends on every token.
 pub fn text(n: usize) -> String {
-    let all = include_str!("../../../docs/binding.md").repeat(4);
+    let all = include_str!("text.txt").repeat(4);
     all[..all.char_indices().map(|(i, _)| i).find(|&i| i >= n).unwrap_or(all.len())].to_string()
 }
 

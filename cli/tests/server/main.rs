@@ -33,7 +33,7 @@ pub const FACTS: [(&str, &str); 5] = [
 pub const BUDGET: &str = "0.35";
 
 /// Texts that have nothing to do with it, longer than it.
-pub const OTHERS: [&str; 2] = [include_str!("../../../docs/binding.md"), include_str!("../../../docs/quality.md")];
+pub const OTHERS: [&str; 2] = [include_str!("../common/text.txt"), include_str!("other.txt")];
 
 /// Tokens of an answer.
 pub const N: usize = 8;
