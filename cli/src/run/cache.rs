@@ -2,9 +2,11 @@
 //! when it is whole, under a lock that the system drops with its process: two runs build once, and a killed run leaves
 //! nothing but a scratch folder that the next one sweeps away.
 //!
-//!     CACHE/<key>/        index, states, entry.json
-//!     CACHE/<key>.lock    held while the entry is checked, built or changed
-//!     CACHE/tmp/          scratch folders, each with a lock of its owner
+//! ```text
+//! CACHE/<key>/        index, states, entry.json
+//! CACHE/<key>.lock    held while the entry is checked, built or changed
+//! CACHE/tmp/          scratch folders, each with a lock of its owner
+//! ```
 
 use std::fs::File;
 use std::os::fd::AsFd;
