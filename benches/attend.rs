@@ -53,9 +53,8 @@ fn main() {
         "| path | type | prefix | size | group | dense | 0.2 | speed-up | 0.1 | speed-up | plan | lookup | attend |"
     );
     println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|");
-    let types = [Element::F32, Element::F16, Element::BF16, Element::Q8_0, Element::Q4_0];
     let sizes = [(64, 3), (64, 7), (128, 3), (128, 7)];
-    let all = types.into_iter().flat_map(|t| [4096, 12288, 24576].map(|n| (t, n)));
+    let all = Element::ALL.into_iter().flat_map(|t| [4096, 12288, 24576].map(|n| (t, n)));
     for (element, n_prefix, (d, group)) in all.flat_map(|(t, n)| sizes.map(|size| (t, n, size))) {
         let line = |path: Path| format!("{} | {} | {n_prefix} | d{d} | g{group}", path.name(), element.name());
         let wanted = |path: &Path| words.iter().all(|word| line(*path).split(" | ").any(|w| w == word));

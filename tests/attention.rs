@@ -147,10 +147,8 @@ fn spec_of((seed, shape, prefix, select, (flags, softcap), (k_type, v_type, k, v
 }
 
 fn types() -> impl Strategy<Value = Element> {
-    prop::sample::select(TYPES.to_vec())
+    prop::sample::select(Element::ALL.to_vec())
 }
-
-const TYPES: [Element; 5] = [Element::F32, Element::F16, Element::BF16, Element::Q8_0, Element::Q4_0];
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
@@ -222,7 +220,7 @@ fn the_estimate_of_every_cluster_is_close_to_dense_where_clusters_are_tight() {
 
 #[test]
 fn every_pair_of_types_agrees_with_the_oracle() {
-    for (n, (k_type, v_type)) in TYPES.iter().flat_map(|k| TYPES.map(|v| (*k, v))).enumerate() {
+    for (n, (k_type, v_type)) in Element::ALL.iter().flat_map(|k| Element::ALL.map(|v| (*k, v))).enumerate() {
         let (dk, dv) = ([64, 128, 96][n % 3], [128, 64][n % 2]);
         let rotation = Rotation { k: [0, 32, 64][n % 3] * (dk % 64 == 0) as usize, v: [64, 0, 16][n % 3] };
         let selection = Selection { estimate: n % 2 == 0, ..Spec::base().selection };

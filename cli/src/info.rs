@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::io::{self, Write as _};
 
 use anyhow::Context as _;
-use ggml_squeeze::attention::cpu;
+use ggml_squeeze::attention::{cpu, Element};
 use ggml_squeeze::build::Settings;
 use ggml_squeeze::config::{DEFAULT_BUDGET, DEFAULT_MIN_PREFIX};
 use ggml_squeeze::index::FORMAT_VERSION;
@@ -41,7 +41,7 @@ struct Kernels {
     head_size_min: usize,
     head_size_max: usize,
     head_size_step: usize,
-    kv_types: &'static [&'static str],
+    kv_types: [&'static str; Element::ALL.len()],
 }
 
 #[derive(Serialize)]
@@ -121,7 +121,7 @@ fn report() -> Report {
             head_size_min: cpu::HEAD_DIM_MIN,
             head_size_max: cpu::HEAD_DIM_MAX,
             head_size_step: cpu::HEAD_DIM_STEP,
-            kv_types: &["f16"],
+            kv_types: Element::ALL.map(Element::name),
         },
         devices: devices(),
         defaults: Defaults {

@@ -35,6 +35,9 @@ pub enum Element {
 }
 
 impl Element {
+    /// Every type.
+    pub const ALL: [Element; 5] = [Element::F32, Element::F16, Element::BF16, Element::Q8_0, Element::Q4_0];
+
     /// Elements per block; 1 for plain numbers.
     pub const fn block(self) -> usize {
         match self {

@@ -8,7 +8,7 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 
-use super::super::rows::tests::{encode, ALL};
+use super::super::rows::tests::encode;
 use super::super::rows::Rows;
 use super::*;
 use crate::build::{probe, sketch, LayerCapture};
@@ -121,7 +121,7 @@ fn scattered(rng: &mut StdRng) -> Vec<u32> {
 }
 
 fn element() -> impl Strategy<Value = Element> {
-    prop::sample::select(&ALL[..])
+    prop::sample::select(&Element::ALL[..])
 }
 
 proptest! {
@@ -242,7 +242,7 @@ fn true_rows_are_taken_and_near_ones_are_not() {
     // Whoever changes a tolerance sees here what it does: 10^5 rows with SQZ_THOROUGH=1.
     let rounds = if std::env::var_os("SQZ_THOROUGH").is_some() { 120 } else { 3 };
     let prefixes: Vec<Prefix> = (0..10).map(|seed| Prefix::new(seed, N_PREFIX, 64)).collect();
-    for element in ALL {
+    for element in Element::ALL {
         let rate = |apart, v_alone| accepted(&prefixes, element, apart, v_alone, rounds);
         // The same row, and with the noise of another machine.
         let (same, noisy) = (rate(0.0, false), rate(0.005, false));

@@ -4,7 +4,6 @@ use rand::rngs::StdRng;
 use rand::SeedableRng;
 
 use super::super::binding::tests::{Cache, Prefix, N_CELL, N_PREFIX};
-use super::super::rows::tests::ALL;
 use super::*;
 use crate::attention::{Element, Mode, Selection, Spread};
 
@@ -87,8 +86,8 @@ fn snapshot(p: Prefix) -> Snapshot {
 #[test]
 fn a_binding_ends_with_a_write_to_its_cells_whatever_the_type() {
     let other = N_CELL as i64 - 1;
-    for (i, k) in ALL.into_iter().enumerate() {
-        let types = [k, ALL[(i + 2) % ALL.len()]];
+    for (i, k) in Element::ALL.into_iter().enumerate() {
+        let types = [k, Element::ALL[(i + 2) % Element::ALL.len()]];
         let p = Prefix::new(i as u64, N_PREFIX, 64);
         let cells: Vec<u32> = (3..3 + N_PREFIX as u32).collect();
         let mut cache = Cache::new(&p, types, &cells, &mut StdRng::seed_from_u64(1));

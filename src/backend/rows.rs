@@ -143,12 +143,10 @@ pub mod tests {
         blocks.flat_map(of_block).collect()
     }
 
-    pub const ALL: [Element; 5] = [Element::F32, Element::F16, Element::BF16, Element::Q8_0, Element::Q4_0];
-
     #[test]
     fn every_type_is_read_as_it_was_written() {
         let row: Vec<f32> = (0..96).map(|i| ((i * 37 % 96) as f32 - 40.0) * if i < 32 { 0.1 } else { 3.0 }).collect();
-        for element in ALL {
+        for element in Element::ALL {
             let bytes = encode(&row, element);
             assert_eq!(bytes.len(), element.row_bytes(row.len()));
             let read = Row { bytes: &bytes, element };
@@ -170,7 +168,7 @@ pub mod tests {
 
     #[test]
     fn a_block_of_zeros_is_zero() {
-        for element in ALL {
+        for element in Element::ALL {
             let bytes = encode(&[0.0; 32], element);
             let read = Row { bytes: &bytes, element };
             assert!((0..32).all(|i| read.get(i) == 0.0 && read.noise(i) == 0.0));
