@@ -3,7 +3,7 @@
 mod attend_case;
 
 use attend_case::{decode, encode, Case, Spec, LAYER};
-use ggml_squeeze::attention::cpu::{self, Options, Path, Plan, Schedule, Unsupported};
+use ggml_squeeze::attention::cpu::{self, Memory, Options, Path, Plan, Schedule, Unsupported};
 use ggml_squeeze::attention::{oracle, Call, Element, Mode, Rotation, Row, Selection, Spread};
 use ggml_squeeze::hadamard;
 use proptest::prelude::*;
@@ -163,7 +163,7 @@ proptest! {
         let spec = Spec { sparse: 0.0, max_bias: if alibi { 8.0 } else { 0.0 }, ..spec };
         let mut case = Case::new(&spec);
         let want = oracle::run(&case.call);
-        let plan = Plan::forced(case.call.problem, 2).unwrap();
+        let plan = Plan::forced(case.call.problem, 2, &mut Memory::default()).unwrap();
         close(&case.run(&plan, nth), &want, "forced");
         prop_assert_eq!(plan.kept().count, 0);
     }
@@ -313,7 +313,7 @@ fn calls_that_do_not_fit_are_refused_with_the_reason() {
     let refused = |change: &dyn Fn(&mut Call)| {
         let mut call = case.call.clone();
         change(&mut call);
-        Plan::new(call, 2).map(|_| ()).unwrap_err()
+        Plan::new(call, 2, &mut Memory::default()).map(|_| ()).unwrap_err()
     };
     assert_eq!(refused(&|c| c.layer = 0), Unsupported::NoLayer { layer: 0 });
     assert_eq!(refused(&|c| c.problem.max_bias = 8.0), Unsupported::Alibi { max_bias: "8".into() });

@@ -1,5 +1,5 @@
 //! Decides, node by node, what of a graph is computed sparse, and makes the graph that the stock CPU backend computes
-//! instead: each sparse FLASH_ATTN_EXT becomes GGML_OP_CUSTOM nodes, one per stage, run by ggml's own threads.
+//! instead: each sparse FLASH_ATTN_EXT becomes a GGML_OP_CUSTOM node, run by ggml's own threads.
 
 use std::ffi::{c_int, c_void};
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -12,16 +12,13 @@ use super::cache::{Caches, Writes, MAX_SEARCHES};
 use super::runtime::{count, stats, Loaded, Snapshot};
 use super::stats::{log, Reason};
 use super::tensor::{problem, Half, Tensor};
-use crate::attention::cpu::Plan;
+use crate::attention::cpu::{Memory, Plan};
 use crate::attention::{Array, Binding, Call, Problem, Rotation, Row};
 use crate::hadamard;
 
 /// What a custom node does.
 enum Work {
-    Attend {
-        plan: Arc<Plan>,
-        stage: usize,
-    },
+    Attend(Arc<Plan>),
     /// Zeros: what attention would cost if it were free (bench).
     Zero(Array),
 }
@@ -55,12 +52,14 @@ pub struct Rewrite {
 pub struct Instance {
     caches: Caches,
     n_threads: usize,
+    /// Of all plans: ggml's nodes run one after the other.
+    memory: Memory,
 }
 
 impl Default for Instance {
     fn default() -> Self {
         let n_threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Instance { caches: Caches::default(), n_threads }
+        Instance { caches: Caches::default(), n_threads, memory: Memory::default() }
     }
 }
 
@@ -80,7 +79,7 @@ unsafe extern "C" fn run_stage(_dst: *mut sys::ggml_tensor, ith: c_int, nth: c_i
     stage.shared.n_threads.store(nth, Ordering::Relaxed);
     let run = AssertUnwindSafe(|| match &stage.work {
         // SAFETY: ggml calls every thread of a node once and puts a barrier between nodes; tensors are live.
-        Work::Attend { plan, stage } => unsafe { plan.run(*stage, ith, nth) },
+        Work::Attend(plan) => unsafe { plan.run(ith, nth) },
         Work::Zero(dst) => zero(dst, ith, nth),
     });
     if catch_unwind(run).is_err() {
@@ -130,9 +129,7 @@ impl Rewrite {
 
     fn push_plan(&mut self, node: &sys::ggml_tensor, plan: Plan, forced: bool) {
         let plan = Arc::new(plan);
-        for stage in 0..plan.n_stage() {
-            self.push(node, Work::Attend { plan: plan.clone(), stage });
-        }
+        self.push(node, Work::Attend(plan.clone()));
         self.plans.push((plan, forced));
     }
 
@@ -271,7 +268,7 @@ impl Instance {
         }
         let problem = problem(node)?;
         if snapshot.config.force {
-            let plan = Plan::forced(problem, self.n_threads).map_err(|_| Reason::Kernel)?;
+            let plan = Plan::forced(problem, self.n_threads, &mut self.memory).map_err(|_| Reason::Kernel)?;
             rewrite.push_plan(node.raw(), plan, true);
             count(|s| s.nodes_forced += 1);
             return Ok(());
@@ -312,7 +309,7 @@ impl Instance {
         let rows_of_call = rows.clone();
         let call =
             Call { problem, layer, rows: rows_of_call, bindings: bindings.clone(), selection, rotation, tile: 1 };
-        let plan = Plan::new(call, self.n_threads).map_err(|_| Reason::Kernel)?;
+        let plan = Plan::new(call, self.n_threads, &mut self.memory).map_err(|_| Reason::Kernel)?;
         rewrite.push_plan(node.raw(), plan, false);
         count(|s| {
             s.nodes_sparse += 1;

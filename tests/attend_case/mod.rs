@@ -2,9 +2,9 @@
 //! full of NaN.
 #![allow(dead_code)]
 
-use std::sync::{Arc, Barrier};
+use std::sync::Arc;
 
-use ggml_squeeze::attention::cpu::{Options, Plan, Unsupported};
+use ggml_squeeze::attention::cpu::{Memory, Options, Plan, Unsupported};
 use ggml_squeeze::attention::*;
 use ggml_squeeze::hadamard;
 use ggml_squeeze::index::*;
@@ -405,23 +405,16 @@ impl Case {
     }
 
     pub fn plan(&self, planned: usize, options: Options) -> Result<Plan, Unsupported> {
-        Plan::with_options(self.call.clone(), planned, options)
+        Plan::with_options(self.call.clone(), planned, &mut Memory::default(), options)
     }
 
     /// Runs a plan on `nth` threads and returns what was written.
     pub fn run(&mut self, plan: &Plan, nth: usize) -> Vec<f32> {
         self.dst.fill(f32::NAN);
-        let barrier = Barrier::new(nth);
         std::thread::scope(|scope| {
             for ith in 0..nth {
-                let barrier = &barrier;
-                scope.spawn(move || {
-                    for stage in 0..plan.n_stage() {
-                        // SAFETY: the arrays belong to this case; the barrier is the one asked for.
-                        unsafe { plan.run(stage, ith, nth) };
-                        barrier.wait();
-                    }
-                });
+                // SAFETY: the arrays belong to this case; each plan of a case has memory of its own.
+                scope.spawn(move || unsafe { plan.run(ith, nth) });
             }
         });
         // Read through the call's own address: the plan wrote there.

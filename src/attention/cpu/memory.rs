@@ -1,7 +1,7 @@
 //! All pointer arithmetic of the CPU path: scratch memory and its partition, and addresses inside the call's arrays.
 
 use std::marker::PhantomData;
-use std::sync::Mutex;
+use std::sync::Arc;
 
 use super::kernels::BLOCK;
 use super::Path;
@@ -12,11 +12,24 @@ use crate::attention::{Array, Call, Problem};
 #[repr(align(64))]
 struct Line(#[allow(dead_code)] [u8; 64]);
 
-/// Buffers of finished plans. Plans are made for every graph call; fresh memory would fault page by page each time.
-static POOL: Mutex<Vec<Vec<Line>>> = Mutex::new(Vec::new());
-const POOL_MAX: usize = 16;
+/// Scratch memory of plans that never run at the same time, as those of one graph: used again by each, it stays in cache,
+/// and no plan pays for fresh pages.
+#[derive(Default)]
+pub struct Memory {
+    last: Option<Arc<Workspace>>,
+}
 
-/// Scratch memory of one plan; its contents at first are whatever the last plan left.
+impl Memory {
+    /// At least so many bytes. Plans made earlier keep what they have.
+    pub(super) fn take(&mut self, bytes: usize) -> Arc<Workspace> {
+        match &self.last {
+            Some(last) if last.lines.len() * 64 >= bytes => last.clone(),
+            _ => self.last.insert(Arc::new(Workspace::new(bytes))).clone(),
+        }
+    }
+}
+
+/// Scratch memory; its contents at first are whatever the last plan left.
 pub(super) struct Workspace {
     lines: Vec<Line>,
     base: *mut u8,
@@ -28,13 +41,8 @@ unsafe impl Send for Workspace {}
 unsafe impl Sync for Workspace {}
 
 impl Workspace {
-    pub(super) fn take(bytes: usize) -> Workspace {
-        let mut lines = POOL.lock().map_or(None, |mut pool| pool.pop()).unwrap_or_default();
-        let n = bytes.div_ceil(64);
-        if lines.len() < n {
-            lines.clear();
-            lines.resize(n, Line([0; 64]));
-        }
+    fn new(bytes: usize) -> Workspace {
+        let mut lines = vec![Line([0; 64]); bytes.div_ceil(64)];
         let base = lines.as_mut_ptr().cast();
         Workspace { lines, base }
     }
@@ -54,16 +62,6 @@ impl Workspace {
         debug_assert!(at + n * size_of::<T>() <= self.lines.len() * 64 && at.is_multiple_of(align_of::<T>()));
         // SAFETY: the contract.
         unsafe { std::slice::from_raw_parts(self.base.add(at).cast(), n) }
-    }
-}
-
-impl Drop for Workspace {
-    fn drop(&mut self) {
-        if let Ok(mut pool) = POOL.lock() {
-            if pool.len() < POOL_MAX {
-                pool.push(std::mem::take(&mut self.lines));
-            }
-        }
     }
 }
 

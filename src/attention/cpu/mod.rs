@@ -1,5 +1,4 @@
-//! The attention call on CPU threads that somebody else owns: a plan of stages, each run by every thread with a barrier
-//! between two stages. Knows nothing of ggml.
+//! The attention call on CPU threads that somebody else owns: a plan of tasks that they share. Knows nothing of ggml.
 //!
 //! `plan` cuts a call into tasks, `lookup` scores and selects clusters, `attend` runs over cells, `kernels` are the
 //! inner loops, `memory` is all pointer arithmetic.
@@ -20,6 +19,7 @@ mod scalar;
 
 use std::sync::OnceLock;
 
+pub use memory::Memory;
 pub use plan::{Options, Plan, Schedule};
 
 /// Smallest and largest head size, and the step between them, that the kernels take.

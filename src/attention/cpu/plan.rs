@@ -1,15 +1,17 @@
 //! Cuts a call into tasks that threads claim one by one, and runs them.
 //!
-//! Split, for few rows: stage 0 scores chunks of clusters, and whoever finishes a pair's last chunk selects; stage 1
-//! attends to chunks of the cells, and whoever finishes a pair's last chunk merges. Fused, for many: one stage, a task is
-//! all of a pair. A pair is a (row, KV head).
+//! Split, for few rows: the first tasks score chunks of clusters, and whoever finishes a pair's last chunk selects; the
+//! others attend to parts of a pair's cells, once its selection is there, and whoever finishes its last part merges. There
+//! is no barrier: while one thread selects, the next is busy with another pair. Fused, for many: a task is all of a pair.
+//! A pair is a (row, KV head).
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::Arc;
 
 use super::attend::{attend, estimate, Cells, State};
 use super::check::check;
 use super::lookup::Lookup;
-use super::memory::{Carver, Pair, ScratchLayout, Space, SpaceLayout, Workspace};
+use super::memory::{Carver, Memory, Pair, ScratchLayout, Space, SpaceLayout, Workspace};
 use super::{Kept, Path, Unsupported};
 use crate::attention::{Call, Mode, Problem, Rotation, Row, Selection, Spread};
 
@@ -34,11 +36,29 @@ pub struct Options {
     pub schedule: Option<Schedule>,
 }
 
-/// A stage's tickets. Ready again once every thread has left the stage.
+/// Tasks are claimed in order, so whoever waits for a selection knows that running threads have all of its scores.
+/// Everything is as new once every thread has left.
 #[derive(Default)]
-struct Tickets {
+struct Progress {
+    /// Next task.
     next: AtomicUsize,
+    /// Threads that have no more to do.
     left: AtomicUsize,
+    /// A thread panicked: a selection that others wait for may never come.
+    failed: AtomicBool,
+    /// Of each sparse pair.
+    lookups: Vec<LookupProgress>,
+    /// Parts attended to of each pair.
+    attended: Vec<AtomicUsize>,
+}
+
+#[derive(Default)]
+struct LookupProgress {
+    /// Chunks scored.
+    scored: AtomicUsize,
+    selected: AtomicBool,
+    /// Keys in the kept clusters.
+    kept: AtomicU32,
 }
 
 /// An attention call ready to run. It may be run again with the same arrays.
@@ -52,36 +72,37 @@ pub struct Plan {
     place: Vec<usize>,
     space: SpaceLayout,
     scratch: ScratchLayout,
-    memory: Workspace,
+    memory: Arc<Workspace>,
     spaces_at: usize,
     scratch_at: usize,
     partials_at: usize,
-    kept_at: usize,
     /// Chunks of clusters per sparse pair, and parts of cells (one more with the estimate) per pair.
     n_chunk: usize,
     n_part: usize,
-    tickets: [Tickets; 2],
-    /// Chunks done per sparse pair, and parts done per pair.
-    scored: Vec<AtomicUsize>,
-    attended: Vec<AtomicUsize>,
+    progress: Progress,
 }
 
 impl Plan {
-    /// Plans a call for about `n_threads` threads. Allocates from a pool; costs microseconds.
-    pub fn new(call: Call, n_threads: usize) -> Result<Plan, Unsupported> {
-        Plan::with_options(call, n_threads, Options::default())
+    /// Plans a call for about `n_threads` threads; costs about a microsecond.
+    pub fn new(call: Call, n_threads: usize, memory: &mut Memory) -> Result<Plan, Unsupported> {
+        Plan::with_options(call, n_threads, memory, Options::default())
     }
 
     /// Every row over all of its visible cells, with no index: the conformance path.
-    pub fn forced(problem: Problem, n_threads: usize) -> Result<Plan, Unsupported> {
+    pub fn forced(problem: Problem, n_threads: usize, memory: &mut Memory) -> Result<Plan, Unsupported> {
         let selection = Selection { mode: Mode::Budget(1.0), spread: Spread::None, alpha: 0.0, estimate: false };
         let rows = vec![Row::Dense; problem.n_row()].into();
         let (bindings, rotation) = (Vec::new().into(), Rotation::default());
-        Plan::new(Call { problem, layer: 0, rows, bindings, selection, rotation, tile: 1 }, n_threads)
+        Plan::new(Call { problem, layer: 0, rows, bindings, selection, rotation, tile: 1 }, n_threads, memory)
     }
 
     /// As `new`, with the code path or the schedule given.
-    pub fn with_options(call: Call, n_threads: usize, options: Options) -> Result<Plan, Unsupported> {
+    pub fn with_options(
+        call: Call,
+        n_threads: usize,
+        memory: &mut Memory,
+        options: Options,
+    ) -> Result<Plan, Unsupported> {
         check(&call)?;
         let p = &call.problem;
         let (group, n_head_kv, n_threads) = (p.n_group(), p.k.ne[2], n_threads.max(1));
@@ -122,8 +143,12 @@ impl Plan {
         let spaces_at = carver.area::<u8>(n_space * space.bytes);
         let scratch_at = carver.area::<u8>(n_threads * scratch.bytes);
         let partials_at = carver.area::<u8>(if split { pairs * n_part * partial_bytes(p) } else { 0 });
-        let kept_at = carver.area::<u32>(sparse_pairs);
-        let counters = |n: usize| (0..if split { n } else { 0 }).map(|_| AtomicUsize::new(0)).collect();
+        let per_pair = |n: usize| if split { n } else { 0 };
+        let progress = Progress {
+            lookups: (0..sparse_pairs).map(|_| LookupProgress::default()).collect(),
+            attended: (0..per_pair(pairs)).map(|_| AtomicUsize::new(0)).collect(),
+            ..Progress::default()
+        };
         Ok(Plan {
             path: options.path.filter(|path| Path::available().contains(path)).unwrap_or_else(Path::detect),
             schedule,
@@ -132,81 +157,73 @@ impl Plan {
             place,
             space,
             scratch,
-            memory: Workspace::take(carver.bytes),
+            memory: memory.take(carver.bytes),
             spaces_at,
             scratch_at,
             partials_at,
-            kept_at,
             n_chunk,
             n_part,
-            tickets: Default::default(),
-            scored: counters(sparse_pairs),
-            attended: counters(pairs),
+            progress,
             call,
         })
     }
 
-    /// Number of stages; every thread of a run goes through all of them.
-    pub fn n_stage(&self) -> usize {
-        match self.schedule {
-            Schedule::Split if !self.sparse.is_empty() => 2,
-            _ => 1,
-        }
-    }
-
-    /// Runs one stage's share of thread `ith` of `nth`. More threads than planned have nothing to do; fewer do it all.
+    /// Runs the share of thread `ith` of `nth`. More threads than planned have nothing to do; fewer do it all.
     ///
     /// # Safety
     /// The call's arrays are valid and unchanged during the run; all of the `nth` threads, each with its own `ith`, call
-    /// this once per stage, with a barrier between two stages and after the last.
-    pub unsafe fn run(&self, stage: usize, ith: usize, nth: usize) {
-        let lookup_stage = self.n_stage() == 2 && stage == 0;
-        let tickets = &self.tickets[stage];
+    /// this once, at the same time; no other plan of the same memory runs meanwhile.
+    pub unsafe fn run(&self, ith: usize, nth: usize) {
+        let progress = &self.progress;
+        let on_panic = OnPanic(&progress.failed);
         if ith < self.n_threads {
-            let pairs = self.call.rows.len() * self.n_head_kv();
-            let n_task = match (self.schedule, lookup_stage) {
-                (Schedule::Fused, _) => pairs,
-                (_, true) => self.sparse.len() * self.n_head_kv() * self.n_chunk,
-                (_, false) => pairs * self.n_part,
+            let n_head_kv = self.n_head_kv();
+            let (n_score, n_task) = match self.schedule {
+                Schedule::Fused => (0, self.call.rows.len() * n_head_kv),
+                Schedule::Split => {
+                    let n_score = self.sparse.len() * n_head_kv * self.n_chunk;
+                    (n_score, n_score + self.call.rows.len() * n_head_kv * self.n_part)
+                }
             };
             loop {
-                let task = tickets.next.fetch_add(1, Ordering::Relaxed);
+                let task = progress.next.fetch_add(1, Ordering::Relaxed);
                 if task >= n_task {
                     break;
                 }
                 // SAFETY: each task is claimed once; this thread's scratch is its own.
                 unsafe {
-                    match (self.schedule, lookup_stage) {
-                        (Schedule::Fused, _) => self.whole(task, ith),
-                        (_, true) => self.score(task, ith),
-                        (_, false) => self.attend(task, ith),
+                    match self.schedule {
+                        Schedule::Fused => self.whole(task, ith),
+                        Schedule::Split if task < n_score => self.score(task, ith),
+                        Schedule::Split => self.attend(task - n_score, ith),
                     }
                 }
             }
         }
-        if tickets.left.fetch_add(1, Ordering::AcqRel) + 1 == nth {
-            tickets.next.store(0, Ordering::Relaxed);
-            tickets.left.store(0, Ordering::Relaxed);
+        std::mem::forget(on_panic);
+        if progress.left.fetch_add(1, Ordering::AcqRel) + 1 == nth {
+            progress.lookups.iter().for_each(|lookup| lookup.selected.store(false, Ordering::Relaxed));
+            progress.next.store(0, Ordering::Relaxed);
+            progress.left.store(0, Ordering::Relaxed);
         }
     }
 
-    /// How much was kept; meaningful after the last stage.
+    /// How much was kept; meaningful after a run.
     pub fn kept(&self) -> Kept {
         let mut out = Kept::default();
         for pair in 0..self.sparse.len() * self.n_head_kv() {
             let row = self.sparse[pair / self.n_head_kv()];
             let Row::Sparse(n) = self.call.rows[row] else { continue };
             let meta = self.call.bindings[n as usize].index.meta();
-            // SAFETY: the run is over, nobody writes.
-            let keys = unsafe { self.memory.shared::<u32>(self.kept_at + 4 * pair, 1) }[0];
+            let keys = self.progress.lookups[pair].kept.load(Ordering::Relaxed);
             out.share_sum += (meta.n_sink as f64 + keys as f64) / (meta.n_prefix() as f64 - meta.n_window as f64);
             out.count += 1;
         }
         out
     }
 
-    /// Kept clusters of a row and KV head, ascending, after a run; none for dense rows, and none with the fused schedule,
-    /// which forgets them.
+    /// Kept clusters of a row and KV head, ascending, after a run and before another plan of the same memory runs; none for
+    /// dense rows, and none with the fused schedule, which forgets them.
     pub fn selected(&self, row: usize, head_kv: usize) -> Option<Vec<u32>> {
         if self.schedule == Schedule::Fused || self.call.rows[row] == Row::Dense {
             return None;
@@ -261,11 +278,33 @@ impl Plan {
     /// All scores of the sparse pair are there; no other task has its space.
     unsafe fn select(&self, lookup: &Lookup<'_>) {
         let pair = self.sparse_pair(lookup.pair.row, lookup.pair.head_kv);
-        // SAFETY: the contract; the number is this pair's own.
-        unsafe { self.memory.slice::<u32>(self.kept_at + 4 * pair, 1)[0] = lookup.select() };
+        // SAFETY: the contract.
+        let keys = unsafe { lookup.select() };
+        let progress = &self.progress.lookups[pair];
+        progress.kept.store(keys, Ordering::Relaxed);
+        progress.selected.store(true, Ordering::Release);
     }
 
-    /// Split, stage 0: scores of one chunk of clusters.
+    /// Waits until the selection of a sparse pair is there; false if it may never be. By the order of tasks all of its
+    /// scores are in the hands of running threads, none of which waits.
+    fn await_selection(&self, pair: usize) -> bool {
+        const SPINS: usize = 1 << 12;
+        let selected = &self.progress.lookups[pair].selected;
+        let mut spins = 0;
+        while !selected.load(Ordering::Acquire) {
+            if self.progress.failed.load(Ordering::Relaxed) {
+                return false;
+            }
+            spins += 1;
+            match spins < SPINS {
+                true => std::hint::spin_loop(),
+                false => std::thread::yield_now(),
+            }
+        }
+        true
+    }
+
+    /// Split: scores of one chunk of clusters.
     ///
     /// # Safety
     /// As for `run`; the same holds for the two below.
@@ -282,19 +321,23 @@ impl Plan {
             if chunk == 0 {
                 lookup.score_sinks(&mut scratch);
             }
-            if self.last(&self.scored[sparse_pair], self.n_chunk) {
+            if last(&self.progress.lookups[sparse_pair].scored, self.n_chunk) {
                 self.select(&lookup);
             }
         }
     }
 
-    /// Split, stage 1: one part of a pair's cells.
+    /// Split: one part of a pair's cells.
     unsafe fn attend(&self, task: usize, ith: usize) {
         let (number, n) = (task / self.n_part, task % self.n_part);
         let pair = self.pair(number / self.n_head_kv(), number % self.n_head_kv());
         let p = pair.problem();
         let group = p.n_group();
-        let lookup = self.lookup(pair, self.sparse_pair(pair.row, pair.head_kv));
+        let sparse_pair = self.sparse_pair(pair.row, pair.head_kv);
+        let lookup = self.lookup(pair, sparse_pair);
+        if lookup.is_some() && !self.await_selection(sparse_pair) {
+            return;
+        }
         let partial = |n: usize| self.partials_at + (number * self.n_part + n) * partial_bytes(p);
         // SAFETY: a part's state is its task's own; the last one done of a pair may read all of them (acquire below).
         unsafe {
@@ -310,7 +353,7 @@ impl Plan {
                 Cells::Listed { lookup, kept, .. } => estimate(lookup, kept, &mut scratch, &mut own),
                 Cells::All(_) => {}
             }
-            if self.last(&self.attended[number], self.n_part) {
+            if last(&self.progress.attended[number], self.n_part) {
                 let mut all = state(merged);
                 all.reset();
                 (0..self.n_part).for_each(|n| all.merge(&state(partial(n))));
@@ -343,15 +386,24 @@ impl Plan {
             state.finish(&pair);
         }
     }
+}
 
-    /// Counts a finished part; true for the last of `n`, which then sees what the others wrote.
-    fn last(&self, counter: &AtomicUsize, n: usize) -> bool {
-        let last = counter.fetch_add(1, Ordering::AcqRel) + 1 == n;
-        if last {
-            counter.store(0, Ordering::Relaxed);
-        }
-        last
+/// Tells the threads that wait for a selection.
+struct OnPanic<'a>(&'a AtomicBool);
+
+impl Drop for OnPanic<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
+}
+
+/// Counts a finished part; true for the last of `n`, which then sees what the others wrote.
+fn last(counter: &AtomicUsize, n: usize) -> bool {
+    let last = counter.fetch_add(1, Ordering::AcqRel) + 1 == n;
+    if last {
+        counter.store(0, Ordering::Relaxed);
+    }
+    last
 }
 
 /// Bytes of a softmax state of a group, on cache lines of its own.
