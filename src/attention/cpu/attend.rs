@@ -3,11 +3,10 @@
 
 use half::f16;
 
-use super::kernels::{accumulate, cap, dots, exp_sum, max, prefetch, Source, BLOCK};
+use super::kernels::{accumulate, cap, dots, exp_sum, max, Source, BLOCK};
 use super::lookup::Lookup;
 use super::memory::{Pair, Rows, Scratch};
 use crate::hadamard;
-use crate::index::Members;
 
 /// Softmax state of the heads of a group.
 pub(super) struct State<'a> {
@@ -83,15 +82,15 @@ impl<'a> State<'a> {
 pub(super) enum Cells<'a> {
     /// All of the cache, as the mask allows.
     All(usize),
-    /// The binding's always-cells, then the members of the kept clusters.
-    Listed { lookup: Lookup<'a>, kept: &'a [u32], cum: &'a [u32] },
+    /// The binding's always-cells, then those of the kept clusters, which are known to be visible.
+    Listed { lookup: Lookup<'a>, kept: &'a [u32], cells: &'a [u32] },
 }
 
 impl Cells<'_> {
     pub(super) fn len(&self) -> usize {
         match self {
             Cells::All(n) => *n,
-            Cells::Listed { lookup, kept, cum } => lookup.binding.always.len() + cum[kept.len()] as usize,
+            Cells::Listed { lookup, cells, .. } => lookup.binding.always.len() + cells.len(),
         }
     }
 }
@@ -137,10 +136,6 @@ struct Cursor<'a, 'c> {
     n_kv: usize,
     at: usize,
     end: usize,
-    /// Of the KV head; none without a list.
-    members: Members<'a>,
-    /// Index in the kept clusters of the one that holds `at`, or an earlier one.
-    cluster: usize,
 }
 
 impl Cursor<'_, '_> {
@@ -177,44 +172,17 @@ impl Cursor<'_, '_> {
                     self.push(block, lookup.binding.always[self.at] as usize, self.mask);
                     self.at += 1;
                 }
-                Cells::Listed { lookup, kept, cum } => {
-                    let j = (self.at - lookup.binding.always.len()) as u32;
-                    if cum[self.cluster + 1] <= j {
-                        self.cluster += 1;
-                        self.fetch_ahead(lookup, &kept[self.cluster..]);
-                        continue;
+                Cells::Listed { lookup, cells, .. } => {
+                    let j = self.at - lookup.binding.always.len();
+                    let n = (BLOCK - block.n).min(self.end - self.at);
+                    for (i, cell) in cells[j..j + n].iter().enumerate() {
+                        block.mask[block.n + i] = 0.0;
+                        block.keys[block.n + i] = self.keys.get(*cell as usize);
+                        block.values[block.n + i] = self.values.get(*cell as usize);
                     }
-                    let first = lookup.view.head_offsets(lookup.pair.head_kv)[kept[self.cluster] as usize];
-                    let slot = (first + j - cum[self.cluster]) as usize;
-                    let n = (cum[self.cluster + 1] - j) as usize;
-                    let n = n.min(BLOCK - block.n).min(self.end - self.at);
-                    for slot in slot..slot + n {
-                        // Members are known to be visible.
-                        let token = self.members.get(slot) as usize;
-                        self.push(block, lookup.binding.cells[token] as usize, None);
-                    }
+                    block.n += n;
                     self.at += n;
                 }
-            }
-        }
-    }
-
-    /// Fetches what leads to the keys of clusters soon to come: the members first, then their cells. Each is a miss of its
-    /// own.
-    #[inline]
-    fn fetch_ahead(&self, lookup: &Lookup<'_>, kept: &[u32]) {
-        const MEMBERS: usize = 8;
-        const CELLS: usize = 4;
-        let offsets = lookup.view.head_offsets(lookup.pair.head_kv);
-        if let Some(i) = kept.get(MEMBERS) {
-            prefetch(self.members.address(offsets[*i as usize] as usize));
-        }
-        if let Some(i) = kept.get(CELLS) {
-            // Large clusters are long enough to hide their own misses.
-            let end = offsets[*i as usize + 1].min(offsets[*i as usize] + BLOCK as u32);
-            for slot in offsets[*i as usize]..end {
-                let token = self.members.get(slot as usize) as usize;
-                prefetch(lookup.binding.cells.as_ptr().wrapping_add(token));
             }
         }
     }
@@ -266,14 +234,7 @@ unsafe fn sweep(
         n_kv: p.k.ne[1],
         at: from,
         end: to,
-        members: Members::U16(&[]),
-        cluster: 0,
     };
-    if let Cells::Listed { lookup, kept, cum } = cells {
-        cursor.members = lookup.view.head_members(pair.head_kv);
-        let j = from.saturating_sub(lookup.binding.always.len()) as u32;
-        cursor.cluster = cum[..=kept.len()].partition_point(|c| *c <= j).saturating_sub(1);
-    }
     let (mut block, mut next) = (Block::new(), Block::new());
     cursor.fill(&mut block);
     while block.n > 0 {

@@ -4,7 +4,7 @@ use super::kernels::{add_scaled, dots, exp_sum, max, weighted_sum, Source, BLOCK
 use super::memory::{Pair, Rows, Scratch, Space};
 use crate::attention::{keys_of_share, Binding, Mode, Selection, Spread};
 use crate::hadamard;
-use crate::index::LayerView;
+use crate::index::{LayerView, Members};
 
 /// A sparse (row, KV head) with its index.
 #[derive(Clone, Copy)]
@@ -135,9 +135,9 @@ impl Lookup<'_> {
         let (c, group, path) = (self.n_cluster(), self.pair.problem().n_group(), self.pair.path);
         let offsets = self.view.head_offsets(self.pair.head_kv);
         // SAFETY: the caller grants the whole space; these are its distinct parts.
-        let (count, mean, mass, key, kept, cum, n_kept) = unsafe {
+        let (count, mean, mass, key, kept, lengths) = unsafe {
             let s = self.space;
-            (s.count(c), s.mean(c), s.mass(c), s.key(c), s.kept(c), s.cum(c + 1), s.n_kept(1))
+            (s.count(c), s.mean(c), s.mass(c), s.key(c), s.kept(c), s.lengths(2))
         };
         count.iter_mut().zip(offsets.windows(2)).for_each(|(n, o)| *n = (o[1] - o[0]) as f32);
         mean.fill(0.0);
@@ -168,14 +168,47 @@ impl Lookup<'_> {
         for (i, p) in mean.iter().enumerate() {
             if last.is_some_and(|last| rank(*p, i as u32) <= last) {
                 kept[n] = i as u32;
-                cum[n] = keys;
                 keys += offsets[i + 1] - offsets[i];
                 n += 1;
             }
         }
-        cum[n] = keys;
-        n_kept[0] = n as u32;
+        // SAFETY: as above.
+        let n_cell = unsafe { self.list(&kept[..n], offsets) };
+        lengths.copy_from_slice(&[n as u32, n_cell as u32]);
         keys
+    }
+
+    /// Lists the cells of the kept clusters' keys in the order of the prefix: neighbours share pages and lines of DRAM,
+    /// which the order of clusters would scatter (measured). Returns their number.
+    ///
+    /// # Safety
+    /// Nobody else uses the space meanwhile.
+    unsafe fn list(&self, kept: &[u32], offsets: &[u32]) -> usize {
+        let n_prefix = self.binding.cells.len();
+        // SAFETY: the caller grants the whole space; these are distinct parts.
+        let (bits, cells) = unsafe { (self.space.bits(n_prefix.div_ceil(64)), self.space.cells(n_prefix)) };
+        bits.fill(0);
+        let mut mark = |token: usize| bits[token / 64] |= 1 << (token % 64);
+        let members = self.view.head_members(self.pair.head_kv);
+        for i in kept {
+            match members.part(offsets[*i as usize] as usize..offsets[*i as usize + 1] as usize) {
+                Members::U16(tokens) => tokens.iter().for_each(|t| mark(*t as usize)),
+                Members::U32(tokens) => tokens.iter().for_each(|t| mark(*t as usize)),
+            }
+        }
+        let n_kv = self.pair.problem().k.ne[1];
+        let mut n = 0;
+        for (tokens, word) in self.binding.cells.chunks(64).zip(bits) {
+            let mut left = *word;
+            while left != 0 {
+                let cell = tokens[left.trailing_zeros() as usize];
+                left &= left - 1;
+                cells[n] = cell;
+                // A cell outside the cache cannot be; leaving it out keeps a wrong binding harmless.
+                n += ((cell as usize) < n_kv) as usize;
+            }
+        }
+        n
     }
 
     /// Adds one head's estimate of each cluster's mass per key, by the plain logits, to `mass`; returns that of the sinks.
@@ -201,8 +234,7 @@ impl Lookup<'_> {
                 return Some(u64::MAX);
             }
             let target = keys_of_share(share, meta.n_prefix(), meta.n_window as usize) as f64 - meta.n_sink as f64;
-            order(mean, key);
-            last_until(key, |i| count[i as usize] as f64, target)
+            last_until(mean, key, |i| count[i as usize] as f64, target)
         };
         match self.pair.call.selection.mode {
             Mode::Budget(share) => until_share(share),
@@ -212,9 +244,8 @@ impl Lookup<'_> {
             }
             Mode::Mass(share) if share >= 1.0 => Some(u64::MAX),
             Mode::Mass(share) => {
-                order(mean, key);
                 let of_cluster = |i: u32| (count[i as usize] * mass[i as usize]) as f64;
-                last_until(key, of_cluster, share as f64 - sink_share)
+                last_until(mean, key, of_cluster, share as f64 - sink_share)
             }
         }
     }
@@ -231,17 +262,33 @@ fn rank(p: f32, i: u32) -> u64 {
     ((!p.to_bits() as u64) << 32) | i as u64
 }
 
-fn order(mean: &[f32], key: &mut [u64]) {
-    key.iter_mut().zip(mean).enumerate().for_each(|(i, (key, p))| *key = rank(*p, i as u32));
-}
-
 /// Smallest rank up to which the weights sum to `target` or more; the largest rank if they never do; none if
-/// `target <= 0`. Halves the range with a selection each time: O(C).
-fn last_until(keys: &mut [u64], weight: impl Fn(u32) -> f64, target: f64) -> Option<u64> {
-    let (mut keys, mut left) = (keys, target);
-    if left <= 0.0 || keys.is_empty() {
+/// `target <= 0`. O(C): weights are summed by exponent and first bits of the probability, and only the ranks in the bucket
+/// that the sum crosses in are halved, with a selection each time. `keys` is room for a rank of each.
+fn last_until(mean: &[f32], keys: &mut [u64], weight: impl Fn(u32) -> f64, target: f64) -> Option<u64> {
+    const BUCKETS: usize = 1024;
+    let bucket = |p: f32| ((p.to_bits() >> 21) as usize).min(BUCKETS - 1);
+    if target <= 0.0 || mean.is_empty() {
         return None;
     }
+    let mut sums = [0.0f64; BUCKETS];
+    let (mut best, mut worst) = (0, BUCKETS - 1);
+    for (i, p) in mean.iter().enumerate() {
+        let bucket = bucket(*p);
+        sums[bucket] += weight(i as u32);
+        (best, worst) = (best.max(bucket), worst.min(bucket));
+    }
+    let (mut crossed, mut left) = (best, target);
+    while crossed > worst && sums[crossed] < left {
+        left -= sums[crossed];
+        crossed -= 1;
+    }
+    let mut n = 0;
+    for (i, p) in mean.iter().enumerate() {
+        keys[n] = rank(*p, i as u32);
+        n += (bucket(*p) == crossed) as usize;
+    }
+    let mut keys = &mut keys[..n];
     while keys.len() > 1 {
         let middle = keys.len() / 2;
         keys.select_nth_unstable(middle);
@@ -273,7 +320,6 @@ mod tests {
             let total: f64 = clusters.iter().map(|c| c.1 as f64).sum();
             let target = (share * total).round();
             let mut key = vec![0; mean.len()];
-            order(&mean, &mut key);
             let mut sorted: Vec<usize> = (0..mean.len()).collect();
             sorted.sort_by(|a, b| mean[*b].total_cmp(&mean[*a]).then(a.cmp(b)));
             let mut sum = 0.0;
@@ -285,7 +331,7 @@ mod tests {
                 sum += clusters[i].1 as f64;
                 want = Some(rank(mean[i], i as u32));
             }
-            prop_assert_eq!(last_until(&mut key, |i| clusters[i as usize].1 as f64, target), want);
+            prop_assert_eq!(last_until(&mean, &mut key, |i| clusters[i as usize].1 as f64, target), want);
         }
     }
 }

@@ -81,7 +81,7 @@ impl Carver {
 
 /// Where the parts of one selection's memory are: scores, and the kept clusters.
 pub(super) struct SpaceLayout {
-    /// Clusters and sinks of the largest binding.
+    /// Clusters, sinks and prefix tokens of the largest binding.
     n_cluster: usize,
     n_sink: usize,
     x: usize,
@@ -92,13 +92,14 @@ pub(super) struct SpaceLayout {
     mass: usize,
     key: usize,
     kept: usize,
-    cum: usize,
-    n_kept: usize,
+    cells: usize,
+    bits: usize,
+    lengths: usize,
     pub(super) bytes: usize,
 }
 
 impl SpaceLayout {
-    pub(super) fn new(group: usize, n_cluster: usize, n_sink: usize) -> SpaceLayout {
+    pub(super) fn new(group: usize, n_cluster: usize, n_sink: usize, n_prefix: usize) -> SpaceLayout {
         let mut c = Carver::default();
         SpaceLayout {
             n_cluster,
@@ -111,8 +112,9 @@ impl SpaceLayout {
             mass: c.area::<f32>(n_cluster),
             key: c.area::<u64>(n_cluster),
             kept: c.area::<u32>(n_cluster),
-            cum: c.area::<u32>(n_cluster + 1),
-            n_kept: c.area::<u32>(1),
+            cells: c.area::<u32>(n_prefix),
+            bits: c.area::<u64>(n_prefix.div_ceil(64)),
+            lengths: c.area::<u32>(2),
             bytes: c.bytes,
         }
     }
@@ -165,7 +167,7 @@ impl<'a> Space<'a> {
         // SAFETY: the caller's contract.
         unsafe { self.memory.slice(self.at + self.layout.sink + 4 * g * self.layout.n_sink, n) }
     }
-    /// The selection, for readers: kept clusters ascending, and one more number than those: keys before each, and in all.
+    /// Kept clusters ascending, and the cells of their keys.
     ///
     /// # Safety
     /// The selection is complete and nobody writes it.
@@ -173,8 +175,8 @@ impl<'a> Space<'a> {
         let (m, l, at) = (self.memory, self.layout, self.at);
         // SAFETY: the caller's contract.
         unsafe {
-            let n = m.shared::<u32>(at + l.n_kept, 1)[0] as usize;
-            (m.shared(at + l.kept, n), m.shared(at + l.cum, n + 1))
+            let [n_kept, n_cell] = m.shared::<[u32; 2]>(at + l.lengths, 1)[0];
+            (m.shared(at + l.kept, n_kept as usize), m.shared(at + l.cells, n_cell as usize))
         }
     }
     part!(/** Keys per cluster. */ count: f32);
@@ -182,8 +184,9 @@ impl<'a> Space<'a> {
     part!(/** Mean estimated mass per key over the group, in mass mode. */ mass: f32);
     part!(/** Order of the clusters. */ key: u64);
     part!(/** Kept clusters, ascending. */ kept: u32);
-    part!(/** Keys in the kept clusters before each. */ cum: u32);
-    part!(/** One number: how many are kept. */ n_kept: u32);
+    part!(/** Cells of their keys, in the order of the prefix. */ cells: u32);
+    part!(/** A bit for every prefix token. */ bits: u64);
+    part!(/** How many clusters are kept, and how many cells. */ lengths: u32);
 }
 
 /// One thread's own memory.

@@ -114,11 +114,12 @@ impl Plan {
                 sparse.push(row);
             }
         }
-        let (mut n_cluster, mut n_sink) = (0, 0);
+        let (mut n_cluster, mut n_sink, mut n_prefix) = (0, 0, 0);
         if !sparse.is_empty() {
             for b in call.bindings.iter() {
                 n_cluster = n_cluster.max(b.index.layer(call.layer).map_or(0, |l| l.shape.n_cluster as usize));
                 n_sink = n_sink.max(b.index.meta().n_sink as usize);
+                n_prefix = n_prefix.max(b.index.meta().n_prefix());
             }
         }
         let (pairs, sparse_pairs) = (call.rows.len() * n_head_kv, sparse.len() * n_head_kv);
@@ -131,7 +132,7 @@ impl Plan {
         let n_part = wanted.div_ceil(pairs.max(1)).clamp(1, p.k.ne[1].div_ceil(MIN_CELLS).max(1));
         let n_part = n_part + call.selection.estimate as usize;
 
-        let space = SpaceLayout::new(group, n_cluster, n_sink);
+        let space = SpaceLayout::new(group, n_cluster, n_sink, n_prefix);
         let scratch = ScratchLayout::new(group, p.q.ne[0], p.v.ne[0]);
         let split = schedule == Schedule::Split;
         let n_space = match (split, sparse.is_empty()) {
@@ -268,8 +269,8 @@ impl Plan {
             None => Cells::All(self.call.problem.k.ne[1]),
             Some(lookup) => {
                 // SAFETY: the contract.
-                let (kept, cum) = unsafe { lookup.space.chosen() };
-                Cells::Listed { lookup, kept, cum }
+                let (kept, cells) = unsafe { lookup.space.chosen() };
+                Cells::Listed { lookup, kept, cells }
             }
         }
     }
