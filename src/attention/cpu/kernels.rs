@@ -153,6 +153,27 @@ pub(super) fn prefetch<T>(at: *const T) {
     let _ = at;
 }
 
+/// Asks for the lines of a row that is wanted later, no nearer than in the second-level cache: the first level's few
+/// outstanding misses are for the rows wanted next.
+#[inline]
+pub(super) fn prefetch_far(row: *const u8, bytes: usize) {
+    let mut line = row.wrapping_sub(row as usize % 64);
+    while line < row.wrapping_add(bytes) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch reads nothing and cannot fault.
+        unsafe {
+            use std::arch::x86_64::*;
+            _mm_prefetch::<_MM_HINT_T1>(line.cast());
+        }
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: as above.
+        unsafe {
+            std::arch::asm!("prfm pldl2keep, [{0}]", in(reg) line, options(nostack, preserves_flags, readonly));
+        }
+        line = line.wrapping_add(64);
+    }
+}
+
 /// Asks for the lines of rows `from..to`, as far as there are any; rows start anywhere in a line.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline]
@@ -231,6 +252,18 @@ pub(super) fn weighted_sum(path: Path, a: &[f32], b: &[f32]) -> f32 {
 #[inline]
 pub(super) fn add_scaled(path: Path, a: &mut [f32], b: &[f32], f: f32) {
     dispatch!(path, add_scaled(a, b, f))
+}
+
+/// Both scores of clusters: `x` gives the plain ones, `y = x + bonus * sqrt(sums * scales)`; not finite becomes -inf in both.
+#[inline]
+pub(super) fn spread(path: Path, x: &mut [f32], y: &mut [f32], sums: &[f32], scales: &[f32], bonus: f32) {
+    dispatch!(path, spread(x, y, sums, scales, bonus))
+}
+
+/// Sum of the weights of those whose number, not below 0, has bits from `cut` up. Never grows with `cut`.
+#[inline]
+pub(super) fn weight_from(path: Path, p: &[f32], weights: &[f32], cut: u32) -> f32 {
+    dispatch!(path, weight_from(p, weights, cut))
 }
 
 #[cfg(test)]

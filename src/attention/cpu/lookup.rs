@@ -1,7 +1,8 @@
 //! Which clusters matter to a query: both scores of every cluster, then the best clusters until the mode is content.
 
-use super::kernels::{add_scaled, dots, exp_sum, max, weighted_sum, Source, BLOCK};
+use super::kernels::{add_scaled, dots, exp_sum, max, prefetch, spread, weight_from, weighted_sum, Source, BLOCK};
 use super::memory::{Pair, Rows, Scratch, Space};
+use super::Path;
 use crate::attention::{keys_of_share, Binding, Mode, Selection, Spread};
 use crate::hadamard;
 use crate::index::{LayerView, Members};
@@ -30,7 +31,7 @@ impl Lookup<'_> {
     /// Nobody else uses these clusters' scores meanwhile.
     pub(super) unsafe fn score(&self, scratch: &mut Scratch<'_>, from: usize, to: usize) {
         let p = self.pair.problem();
-        let Selection { spread, alpha, .. } = self.pair.call.selection;
+        let Selection { spread: spread_kind, alpha, .. } = self.pair.call.selection;
         let (dk, group, path) = (p.q.ne[0], p.n_group(), self.pair.path);
         let first = self.pair.head_kv * self.n_cluster();
         let last = first + self.n_cluster();
@@ -47,7 +48,7 @@ impl Lookup<'_> {
                 &*scratch.plain
             }
         };
-        if spread != Spread::None {
+        if spread_kind != Spread::None {
             scratch.q2.iter_mut().zip(q).for_each(|(q2, q)| *q2 = q * q);
         }
         for start in (from..to).step_by(BLOCK) {
@@ -65,7 +66,7 @@ impl Lookup<'_> {
             unsafe {
                 let (rows, next) = block(centroids);
                 dots(path, Source::F16, q, dk, &rows[..tile], &next[..after.len()], scratch.s);
-                if spread == Spread::Diag {
+                if spread_kind == Spread::Diag {
                     let (rows, next) = block(variances);
                     dots(path, Source::U8, scratch.q2, dk, &rows[..tile], &next[..after.len()], scratch.s2);
                 }
@@ -78,24 +79,19 @@ impl Lookup<'_> {
                     *x = s * undo;
                 }
                 let bonus = alpha * undo;
-                match spread {
-                    Spread::None => y.copy_from_slice(x),
+                match spread_kind {
+                    Spread::None => spread(path, x, y, &[0.0; BLOCK], &[0.0; BLOCK], 0.0),
                     Spread::Radius => {
-                        let norm = scratch.q2[g * dk..(g + 1) * dk].iter().sum::<f32>().sqrt();
-                        for ((y, x), r) in y.iter_mut().zip(x.iter()).zip(&self.view.radii[own.clone()]) {
-                            *y = x + bonus * norm * r;
-                        }
+                        let norm = scratch.q2[g * dk..(g + 1) * dk].iter().sum::<f32>();
+                        let mut squares = [0.0; BLOCK];
+                        squares.iter_mut().zip(&self.view.radii[own.clone()]).for_each(|(s, r)| *s = r * r);
+                        spread(path, x, y, &squares, &[norm; BLOCK], bonus);
                     }
                     Spread::Diag => {
-                        let scales = &self.view.variance_scales[own.clone()];
                         let sums = &scratch.s2[g * BLOCK..];
-                        for (((y, x), scale), sum) in y.iter_mut().zip(x.iter()).zip(scales).zip(sums) {
-                            *y = x + bonus * (sum * scale).sqrt();
-                        }
+                        spread(path, x, y, sums, &self.view.variance_scales[own.clone()], bonus);
                     }
                 }
-                absent_if_not_finite(x);
-                absent_if_not_finite(y);
             }
         }
     }
@@ -135,9 +131,9 @@ impl Lookup<'_> {
         let (c, group, path) = (self.n_cluster(), self.pair.problem().n_group(), self.pair.path);
         let offsets = self.view.head_offsets(self.pair.head_kv);
         // SAFETY: the caller grants the whole space; these are its distinct parts.
-        let (count, mean, mass, key, kept, lengths) = unsafe {
+        let (count, mean, mass, kept, lengths) = unsafe {
             let s = self.space;
-            (s.count(c), s.mean(c), s.mass(c), s.key(c), s.kept(c), s.lengths(2))
+            (s.count(c), s.mean(c), s.mass(c), s.kept(c), s.lengths(2))
         };
         count.iter_mut().zip(offsets.windows(2)).for_each(|(n, o)| *n = (o[1] - o[0]) as f32);
         mean.fill(0.0);
@@ -163,14 +159,14 @@ impl Lookup<'_> {
             let total = (sinks + weighted_sum(path, y, count)) * group as f32;
             add_scaled(path, mean, y, 1.0 / total);
         }
-        let last = self.last_kept(mean, count, mass, key, sink_share);
+        let end = self.end_of_kept(mean, count, mass, sink_share);
         let (mut n, mut keys) = (0, 0);
         for (i, p) in mean.iter().enumerate() {
-            if last.is_some_and(|last| rank(*p, i as u32) <= last) {
-                kept[n] = i as u32;
-                keys += offsets[i + 1] - offsets[i];
-                n += 1;
-            }
+            // Without a branch: which clusters are kept is not to be guessed.
+            let keep = (rank(*p, i as u32) < end) as u32;
+            kept[n] = i as u32;
+            keys += keep * (offsets[i + 1] - offsets[i]);
+            n += keep as usize;
         }
         // SAFETY: as above.
         let n_cell = unsafe { self.list(&kept[..n], offsets) };
@@ -178,34 +174,32 @@ impl Lookup<'_> {
         keys
     }
 
-    /// Lists the cells of the kept clusters' keys in the order of the prefix: neighbours share pages and lines of DRAM,
-    /// which the order of clusters would scatter (measured). Returns their number.
+    /// Lists the cells of the kept clusters' keys, so that attending knows well ahead which rows it wants. Returns their
+    /// number.
     ///
     /// # Safety
     /// Nobody else uses the space meanwhile.
     unsafe fn list(&self, kept: &[u32], offsets: &[u32]) -> usize {
-        let n_prefix = self.binding.cells.len();
-        // SAFETY: the caller grants the whole space; these are distinct parts.
-        let (bits, cells) = unsafe { (self.space.bits(n_prefix.div_ceil(64)), self.space.cells(n_prefix)) };
-        bits.fill(0);
-        let mut mark = |token: usize| bits[token / 64] |= 1 << (token % 64);
+        /// Clusters ahead whose members are fetched.
+        const AHEAD: usize = 8;
+        let (cells, n_kv) = (&self.binding.cells, self.pair.problem().k.ne[1]);
+        // SAFETY: the caller's contract.
+        let list = unsafe { self.space.cells(cells.len()) };
         let members = self.view.head_members(self.pair.head_kv);
-        for i in kept {
-            match members.part(offsets[*i as usize] as usize..offsets[*i as usize + 1] as usize) {
-                Members::U16(tokens) => tokens.iter().for_each(|t| mark(*t as usize)),
-                Members::U32(tokens) => tokens.iter().for_each(|t| mark(*t as usize)),
-            }
-        }
-        let n_kv = self.pair.problem().k.ne[1];
         let mut n = 0;
-        for (tokens, word) in self.binding.cells.chunks(64).zip(bits) {
-            let mut left = *word;
-            while left != 0 {
-                let cell = tokens[left.trailing_zeros() as usize];
-                left &= left - 1;
-                cells[n] = cell;
-                // A cell outside the cache cannot be; leaving it out keeps a wrong binding harmless.
-                n += ((cell as usize) < n_kv) as usize;
+        let mut push = |token: usize| {
+            let cell = cells[token];
+            list[n] = cell;
+            // A cell outside the cache cannot be; leaving it out keeps a wrong binding harmless.
+            n += ((cell as usize) < n_kv) as usize;
+        };
+        for (at, i) in kept.iter().enumerate() {
+            if let Some(next) = kept.get(at + AHEAD) {
+                prefetch(members.address(offsets[*next as usize] as usize));
+            }
+            match members.part(offsets[*i as usize] as usize..offsets[*i as usize + 1] as usize) {
+                Members::U16(tokens) => tokens.iter().for_each(|t| push(*t as usize)),
+                Members::U32(tokens) => tokens.iter().for_each(|t| push(*t as usize)),
             }
         }
         n
@@ -226,26 +220,23 @@ impl Lookup<'_> {
         (sinks / total) as f64
     }
 
-    /// Rank of the last cluster to keep; none if the sinks alone suffice.
-    fn last_kept(&self, mean: &[f32], count: &[f32], mass: &[f32], key: &mut [u64], sink_share: f64) -> Option<u64> {
-        let meta = self.binding.index.meta();
-        let mut until_share = |share: f32| {
+    /// The rank below which clusters are kept. In mass mode `mass` becomes that of whole clusters.
+    fn end_of_kept(&self, mean: &[f32], count: &[f32], mass: &mut [f32], sink_share: f64) -> u64 {
+        let (meta, path) = (self.binding.index.meta(), self.pair.path);
+        let until_share = |share: f32| {
             if share >= 1.0 {
-                return Some(u64::MAX);
+                return u64::MAX;
             }
-            let target = keys_of_share(share, meta.n_prefix(), meta.n_window as usize) as f64 - meta.n_sink as f64;
-            last_until(mean, key, |i| count[i as usize] as f64, target)
+            let target = keys_of_share(share, meta.n_prefix(), meta.n_window as usize) as f32 - meta.n_sink as f32;
+            end_of(path, mean, count, target)
         };
         match self.pair.call.selection.mode {
             Mode::Budget(share) => until_share(share),
-            Mode::Threshold { threshold, floor } => {
-                let above = rank(threshold.max(0.0), u32::MAX);
-                Some(until_share(floor).map_or(above, |last| last.max(above)))
-            }
-            Mode::Mass(share) if share >= 1.0 => Some(u64::MAX),
+            Mode::Threshold { threshold, floor } => until_share(floor).max(rank(threshold.max(0.0), u32::MAX)),
+            Mode::Mass(share) if share >= 1.0 => u64::MAX,
             Mode::Mass(share) => {
-                let of_cluster = |i: u32| (count[i as usize] * mass[i as usize]) as f64;
-                last_until(mean, key, of_cluster, share as f64 - sink_share)
+                mass.iter_mut().zip(count).for_each(|(mass, n)| *mass *= n);
+                end_of(path, mean, mass, (share as f64 - sink_share) as f32)
             }
         }
     }
@@ -262,46 +253,37 @@ fn rank(p: f32, i: u32) -> u64 {
     ((!p.to_bits() as u64) << 32) | i as u64
 }
 
-/// Smallest rank up to which the weights sum to `target` or more; the largest rank if they never do; none if
-/// `target <= 0`. O(C): weights are summed by exponent and first bits of the probability, and only the ranks in the bucket
-/// that the sum crosses in are halved, with a selection each time. `keys` is room for a rank of each.
-fn last_until(mean: &[f32], keys: &mut [u64], weight: impl Fn(u32) -> f64, target: f64) -> Option<u64> {
-    const BUCKETS: usize = 1024;
-    let bucket = |p: f32| ((p.to_bits() >> 21) as usize).min(BUCKETS - 1);
-    if target <= 0.0 || mean.is_empty() {
-        return None;
+/// One more than the smallest rank up to which the weights sum to `target` or more; the highest number if they never do; 0
+/// if `target <= 0`. Counts are whole numbers, which f32 adds exactly up to 16 million. The bits of the cut are found by
+/// bisection: some 31 sums over all, which vectors do in less time than any sorting takes.
+fn end_of(path: Path, mean: &[f32], weights: &[f32], target: f32) -> u64 {
+    if target <= 0.0 {
+        return 0;
     }
-    let mut sums = [0.0f64; BUCKETS];
-    let (mut best, mut worst) = (0, BUCKETS - 1);
-    for (i, p) in mean.iter().enumerate() {
-        let bucket = bucket(*p);
-        sums[bucket] += weight(i as u32);
-        (best, worst) = (best.max(bucket), worst.min(bucket));
+    // From `low` up it is enough, from `high` up it is not.
+    let (mut low, mut high) = (0, mean.iter().fold(0, |top, p| top.max(p.to_bits())).saturating_add(1));
+    if weight_from(path, mean, weights, low) < target {
+        return u64::MAX;
     }
-    let (mut crossed, mut left) = (best, target);
-    while crossed > worst && sums[crossed] < left {
-        left -= sums[crossed];
-        crossed -= 1;
-    }
-    let mut n = 0;
-    for (i, p) in mean.iter().enumerate() {
-        keys[n] = rank(*p, i as u32);
-        n += (bucket(*p) == crossed) as usize;
-    }
-    let mut keys = &mut keys[..n];
-    while keys.len() > 1 {
-        let middle = keys.len() / 2;
-        keys.select_nth_unstable(middle);
-        let (better, worse) = keys.split_at_mut(middle);
-        let sum: f64 = better.iter().map(|k| weight(*k as u32)).sum();
-        if sum >= left {
-            keys = better;
+    while high - low > 1 {
+        let middle = low + (high - low) / 2;
+        if weight_from(path, mean, weights, middle) >= target {
+            low = middle;
         } else {
-            left -= sum;
-            keys = worse;
+            high = middle;
         }
     }
-    Some(keys[0])
+    let mut sum = weight_from(path, mean, weights, high);
+    for (i, (p, weight)) in mean.iter().zip(weights).enumerate() {
+        if p.to_bits() == low {
+            sum += weight;
+            if sum >= target {
+                return rank(*p, i as u32) + 1;
+            }
+        }
+    }
+    // The sum in this order is a little less than in that of the vectors: all of the ties.
+    rank(f32::from_bits(low), u32::MAX)
 }
 
 #[cfg(test)]
@@ -312,26 +294,29 @@ mod tests {
 
     proptest! {
         #[test]
-        fn last_until_agrees_with_a_full_sort(
+        fn the_cut_agrees_with_a_full_sort(
             clusters in prop::collection::vec((0u8..6, 1u8..20), 1..80),
             share in 0.0f64..1.2,
         ) {
             let mean: Vec<f32> = clusters.iter().map(|c| c.0 as f32 / 8.0).collect();
-            let total: f64 = clusters.iter().map(|c| c.1 as f64).sum();
-            let target = (share * total).round();
-            let mut key = vec![0; mean.len()];
+            let weights: Vec<f32> = clusters.iter().map(|c| c.1 as f32).collect();
+            let target = (share * weights.iter().sum::<f32>() as f64).round();
             let mut sorted: Vec<usize> = (0..mean.len()).collect();
             sorted.sort_by(|a, b| mean[*b].total_cmp(&mean[*a]).then(a.cmp(b)));
             let mut sum = 0.0;
-            let mut want = None;
+            let mut want = vec![false; mean.len()];
             for i in sorted {
                 if sum >= target {
                     break;
                 }
-                sum += clusters[i].1 as f64;
-                want = Some(rank(mean[i], i as u32));
+                sum += weights[i] as f64;
+                want[i] = true;
             }
-            prop_assert_eq!(last_until(&mean, &mut key, |i| clusters[i as usize].1 as f64, target), want);
+            for path in Path::available() {
+                let end = end_of(path, &mean, &weights, target as f32);
+                let kept: Vec<bool> = mean.iter().enumerate().map(|(i, p)| rank(*p, i as u32) < end).collect();
+                prop_assert_eq!(&kept, &want);
+            }
         }
     }
 }

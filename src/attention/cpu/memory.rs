@@ -90,10 +90,8 @@ pub(super) struct SpaceLayout {
     count: usize,
     mean: usize,
     mass: usize,
-    key: usize,
     kept: usize,
     cells: usize,
-    bits: usize,
     lengths: usize,
     pub(super) bytes: usize,
 }
@@ -110,10 +108,8 @@ impl SpaceLayout {
             count: c.area::<f32>(n_cluster),
             mean: c.area::<f32>(n_cluster),
             mass: c.area::<f32>(n_cluster),
-            key: c.area::<u64>(n_cluster),
             kept: c.area::<u32>(n_cluster),
             cells: c.area::<u32>(n_prefix),
-            bits: c.area::<u64>(n_prefix.div_ceil(64)),
             lengths: c.area::<u32>(2),
             bytes: c.bytes,
         }
@@ -182,10 +178,8 @@ impl<'a> Space<'a> {
     part!(/** Keys per cluster. */ count: f32);
     part!(/** Mean probability per key over the group. */ mean: f32);
     part!(/** Mean estimated mass per key over the group, in mass mode. */ mass: f32);
-    part!(/** Order of the clusters. */ key: u64);
     part!(/** Kept clusters, ascending. */ kept: u32);
-    part!(/** Cells of their keys, in the order of the prefix. */ cells: u32);
-    part!(/** A bit for every prefix token. */ bits: u64);
+    part!(/** Cells of their keys. */ cells: u32);
     part!(/** How many clusters are kept, and how many cells. */ lengths: u32);
 }
 

@@ -17,8 +17,8 @@ use crate::attention::{Call, Mode, Problem, Rotation, Row, Selection, Spread};
 
 /// Pairs per thread from which a task is a whole pair.
 const FUSED_PAIRS: usize = 4;
-/// Tasks per thread that splitting aims at, so that threads end together.
-const SPLIT_TASKS: usize = 4;
+/// Tasks per thread that splitting aims at, for scores and for cells, so that threads end together.
+const SPLIT_TASKS: usize = 8;
 /// Fewer clusters or cells than this are no task of their own.
 const MIN_CLUSTERS: usize = 64;
 const MIN_CELLS: usize = 128;

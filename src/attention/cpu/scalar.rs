@@ -112,6 +112,33 @@ pub(super) fn weighted_sum(a: &[f32], b: &[f32]) -> f32 {
     sums.iter().sum()
 }
 
+#[inline(always)]
 pub(super) fn add_scaled(a: &mut [f32], b: &[f32], f: f32) {
     a.iter_mut().zip(b).for_each(|(a, b)| *a += f * b);
+}
+
+/// See `kernels::spread`.
+#[inline(always)]
+pub(super) fn spread(x: &mut [f32], y: &mut [f32], sums: &[f32], scales: &[f32], bonus: f32) {
+    let finite = |x: f32| if x.is_finite() { x } else { f32::NEG_INFINITY };
+    for (((x, y), sum), scale) in x.iter_mut().zip(y).zip(sums).zip(scales) {
+        *y = finite(*x + bonus * (sum * scale).sqrt());
+        *x = finite(*x);
+    }
+}
+
+/// See `kernels::weight_from`.
+#[inline(always)]
+pub(super) fn weight_from(p: &[f32], weights: &[f32], cut: u32) -> f32 {
+    const LANES: usize = 16;
+    let counted = |p: f32, w: f32| if p.to_bits() >= cut { w } else { 0.0 };
+    let mut sums = [0.0f32; LANES];
+    let (p, w) = (p.chunks_exact(LANES), weights.chunks_exact(LANES));
+    let rest: f32 = p.remainder().iter().zip(w.remainder()).map(|(p, w)| counted(*p, *w)).sum();
+    for (p, w) in p.zip(w) {
+        for i in 0..LANES {
+            sums[i] += counted(p[i], w[i]);
+        }
+    }
+    sums.iter().sum::<f32>() + rest
 }

@@ -2,6 +2,8 @@
 
 use std::arch::x86_64::*;
 
+use crate::attention::cpu::scalar;
+
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn sum8(a: __m256) -> f32 {
@@ -134,5 +136,19 @@ pub(in super::super) unsafe fn weighted_sum(a: &[f32], b: &[f32]) -> f32 {
 /// As `exp_sum`.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(in super::super) unsafe fn add_scaled(a: &mut [f32], b: &[f32], f: f32) {
-    a.iter_mut().zip(b).for_each(|(a, b)| *a += f * b);
+    scalar::add_scaled(a, b, f);
+}
+
+/// # Safety
+/// As `exp_sum`.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) unsafe fn spread(x: &mut [f32], y: &mut [f32], sums: &[f32], scales: &[f32], bonus: f32) {
+    scalar::spread(x, y, sums, scales, bonus);
+}
+
+/// # Safety
+/// As `exp_sum`.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) unsafe fn weight_from(p: &[f32], weights: &[f32], cut: u32) -> f32 {
+    scalar::weight_from(p, weights, cut)
 }

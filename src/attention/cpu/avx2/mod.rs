@@ -9,7 +9,7 @@ use std::arch::x86_64::*;
 
 use super::kernels::{fetch, of_source, over_sources, stored, Source, BLOCK};
 use element::Element;
-pub(super) use math::{add_scaled, cap, exp_sum, max, weighted_sum};
+pub(super) use math::{add_scaled, cap, exp_sum, max, spread, weight_from, weighted_sum};
 
 over_sources!();
 

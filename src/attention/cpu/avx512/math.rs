@@ -2,6 +2,8 @@
 
 use std::arch::x86_64::*;
 
+use crate::attention::cpu::scalar;
+
 /// exp of sixteen numbers, about 1e-7 relative: 2^n times a Taylor polynomial of degree 7 on [-ln2/2, ln2/2].
 /// Below -87.3 the result is 0; above 88 it is exp(88); NaN stays NaN.
 #[inline]
@@ -113,5 +115,19 @@ pub(in super::super) unsafe fn weighted_sum(a: &[f32], b: &[f32]) -> f32 {
 /// As `exp_sum`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 pub(in super::super) unsafe fn add_scaled(a: &mut [f32], b: &[f32], f: f32) {
-    a.iter_mut().zip(b).for_each(|(a, b)| *a += f * b);
+    scalar::add_scaled(a, b, f);
+}
+
+/// # Safety
+/// As `exp_sum`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(in super::super) unsafe fn spread(x: &mut [f32], y: &mut [f32], sums: &[f32], scales: &[f32], bonus: f32) {
+    scalar::spread(x, y, sums, scales, bonus);
+}
+
+/// # Safety
+/// As `exp_sum`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+pub(in super::super) unsafe fn weight_from(p: &[f32], weights: &[f32], cut: u32) -> f32 {
+    scalar::weight_from(p, weights, cut)
 }
