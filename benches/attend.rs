@@ -46,9 +46,7 @@ fn main() {
     println!("4 KV heads, one thread, cold cache, us of CPU time per call; 0.0 is lookup and tail alone\n");
     let mut memory = Memory::default();
     let flush: Vec<u64> = (0..FLUSH as u64 / 8).collect();
-    println!(
-        "| path | type | prefix | size | group | dense | 0.2 | speed-up | 0.1 | speed-up | plan | 0.0 |"
-    );
+    println!("| path | type | prefix | size | group | dense | 0.2 | speed-up | 0.1 | speed-up | plan | 0.0 |");
     println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
     let sizes = [(64, 3), (64, 7), (128, 3), (128, 7)];
     let all = Element::ALL.into_iter().flat_map(|t| [4096, 12288, 24576].map(|n| (t, n)));

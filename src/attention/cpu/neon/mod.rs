@@ -9,8 +9,8 @@ mod math;
 use std::arch::aarch64::*;
 
 use super::kernels::{fetch, of_source, over_sources, stored, Source, BLOCK};
-use element::Element;
 pub(super) use super::scalar::{spread, weight_from};
+use element::Element;
 pub(super) use math::{add_scaled, cap, exp_sum, max, weighted_sum};
 
 over_sources!();
