@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use crate::attention::Spread;
 
-/// Prefixes shorter than this stay dense: below it the lookup costs more than it saves.
-pub const DEFAULT_MIN_PREFIX: usize = 1024;
+/// Prefixes shorter than this stay dense: the shortest that decoding was measured with, where it is still a little faster than
+/// dense (docs/benchmarks.md).
+pub const DEFAULT_MIN_PREFIX: usize = 512;
 pub const DEFAULT_BUDGET: f32 = 0.2;
 /// Weight of the spread bonus.
 pub const SPREAD_ALPHA: f32 = 2.0;
