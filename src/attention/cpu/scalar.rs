@@ -136,9 +136,7 @@ pub(super) fn weight_from(p: &[f32], weights: &[f32], cut: u32) -> f32 {
     let (p, w) = (p.chunks_exact(LANES), weights.chunks_exact(LANES));
     let rest: f32 = p.remainder().iter().zip(w.remainder()).map(|(p, w)| counted(*p, *w)).sum();
     for (p, w) in p.zip(w) {
-        for i in 0..LANES {
-            sums[i] += counted(p[i], w[i]);
-        }
+        sums.iter_mut().zip(p.iter().zip(w)).for_each(|(sum, (p, w))| *sum += counted(*p, *w));
     }
     sums.iter().sum::<f32>() + rest
 }
