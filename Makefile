@@ -4,7 +4,13 @@ SHELL := bash
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
-.PHONY: build plugin test demo lint deny setup llama models clean
+# The pinned compiler that scripts/cuda.sh installs serves every target once it is there.
+CUDA_DIR := $(abspath $(TARGET))/cuda/nvidia/cu13
+ifneq ($(and $(if $(CUDA_HOME),,unset),$(wildcard $(CUDA_DIR)/bin/nvcc)),)
+export CUDA_HOME := $(CUDA_DIR)
+endif
+
+.PHONY: build plugin release test demo lint deny setup llama models clean
 
 build: plugin
 
@@ -13,13 +19,22 @@ plugin:
 	cargo build --release --workspace
 	ln -f $(RELEASE)/libggml_squeeze.so $(RELEASE)/libggml-squeeze.so
 
+# Machine code for every GPU generation since Ampere, PTX for later ones.
+release: setup
+	CUDA_HOME=$$(scripts/cuda.sh) GGML_SQUEEZE_CUDA_ARCHS="80 86 89 90 100 120" $(MAKE) plugin
+	scripts/kernels.sh
+
 # --workspace throughout: another set of packages gives llama-cpp-sys-2 other build dependencies, hence a second build of it.
-test: setup lint
+test: export CUDA_HOME := $(or $(CUDA_HOME),$(CUDA_DIR))
+test: setup
+	scripts/cuda.sh > /dev/null
+	$(MAKE) lint
 	scripts/llama.sh
 	scripts/bindings.sh --check
 	scripts/models.sh "$${SQZ_MODELS:-$(TARGET)/models}" smollm2
 	scripts/models.sh "$${SQZ_MODELS:-$(TARGET)/models}" gemma
 	$(MAKE) plugin
+	scripts/kernels.sh
 	cargo test --release --workspace
 	scripts/conformance.sh
 

@@ -1,9 +1,94 @@
-//! Link settings of the plugin.
+//! Link settings of the plugin, and its CUDA kernels where nvcc is found.
+//!
+//! nvcc is looked for in `$CUDA_HOME/bin`, on the `PATH`, in the packages of the `python3` on the `PATH` (nvidia-cuda-nvcc and
+//! its kin) and in /usr/local/cuda/bin. `GGML_SQUEEZE_CUDA=0` leaves the kernels out. `GGML_SQUEEZE_CUDA_ARCHS` names the
+//! architectures that get machine code, as in "80 90" (default "90"); every other from 8.0 on is served by the driver's
+//! compiler, from PTX.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const STAGES: [&str; 4] = ["lookup", "select", "attend", "merge"];
+const DEFAULT_ARCHS: &str = "90";
+/// Oldest architecture of the PTX.
+const PTX: &str = "80";
 
 fn main() {
     // ggml may close the plugin while patched backends still point into it
-    if std::env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux") {
+    if env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux") {
         println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
     }
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=kernels");
+    for name in ["CUDA_HOME", "GGML_SQUEEZE_CUDA", "GGML_SQUEEZE_CUDA_ARCHS"] {
+        println!("cargo:rerun-if-env-changed={name}");
+    }
+    let out = PathBuf::from(env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let reason = match compiler() {
+        Ok(nvcc) => match compile(&nvcc, &out) {
+            Ok(()) => String::new(),
+            Err(error) => {
+                println!("cargo:warning=the CUDA kernels are left out: {error}");
+                error
+            }
+        },
+        Err(reason) => {
+            println!("cargo:warning=built for the CPU only: {reason}");
+            reason
+        }
+    };
+    let mut code = format!(
+        "/// Why the kernels are not built in; empty if they are.\npub(super) const MISSING: &str = {reason:?};\n"
+    );
+    for stage in STAGES {
+        let path = out.join(format!("{stage}.fatbin"));
+        if !reason.is_empty() {
+            fs::write(&path, []).expect("OUT_DIR can be written");
+        }
+        code += &format!("pub(super) static {}: &[u8] = include_bytes!({path:?});\n", stage.to_uppercase());
+    }
+    fs::write(out.join("fatbins.rs"), code).expect("OUT_DIR can be written");
+}
+
+/// The compiler, or why there is none.
+fn compiler() -> Result<PathBuf, String> {
+    if env::var("GGML_SQUEEZE_CUDA").is_ok_and(|v| v == "0") {
+        return Err("GGML_SQUEEZE_CUDA=0".into());
+    }
+    let mut folders: Vec<PathBuf> = Vec::new();
+    folders.extend(env::var_os("CUDA_HOME").map(|home| PathBuf::from(home).join("bin")));
+    folders.extend(env::var_os("PATH").iter().flat_map(env::split_paths));
+    let script = "import nvidia; print('\\n'.join(nvidia.__path__))";
+    if let Ok(found) = Command::new("python3").args(["-c", script]).output() {
+        folders.extend(String::from_utf8_lossy(&found.stdout).lines().map(|l| Path::new(l).join("cu13/bin")));
+    }
+    folders.push("/usr/local/cuda/bin".into());
+    let nvcc = folders.iter().map(|f| f.join("nvcc")).find(|p| p.is_file());
+    nvcc.ok_or_else(|| {
+        "no nvcc in $CUDA_HOME/bin, on the PATH, among python3's packages or in /usr/local/cuda/bin".into()
+    })
+}
+
+fn compile(nvcc: &Path, out: &Path) -> Result<(), String> {
+    let archs = env::var("GGML_SQUEEZE_CUDA_ARCHS").unwrap_or_else(|_| DEFAULT_ARCHS.into());
+    let mut log = String::new();
+    for stage in STAGES {
+        let mut command = Command::new(nvcc);
+        command.args(["-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v", "--threads", "0", "-fatbin", "-o"]);
+        command.arg(out.join(format!("{stage}.fatbin"))).arg(format!("kernels/{stage}.cu"));
+        for arch in archs.split_whitespace() {
+            command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
+        }
+        command.arg(format!("-gencode=arch=compute_{PTX},code=compute_{PTX}"));
+        let result = command.output().map_err(|e| format!("{} cannot be run: {e}", nvcc.display()))?;
+        let said = String::from_utf8_lossy(&result.stderr);
+        if !result.status.success() {
+            return Err(format!("{} failed on {stage}.cu: {}", nvcc.display(), said.replace('\n', " ")));
+        }
+        log += &said;
+    }
+    // Registers and spills of each kernel, for scripts/kernels.sh.
+    fs::write(out.join("ptxas.log"), log).map_err(|e| e.to_string())
 }

@@ -136,6 +136,7 @@ fn spec_of((seed, shape, prefix, select, (flags, softcap), (k_type, v_type, k, v
         mask_per_head: flags[1],
         sinks: flags[2],
         head_major: flags[3],
+        contiguous: seed % 4 == 0,
         softcap,
         max_bias: 0.0,
         plain_mask: false,

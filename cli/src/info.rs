@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::io::{self, Write as _};
 
 use anyhow::Context as _;
-use ggml_squeeze::attention::{cpu, Element};
+use ggml_squeeze::attention::{cpu, cuda, Element};
 use ggml_squeeze::build::Settings;
 use ggml_squeeze::config::{DEFAULT_BUDGET, DEFAULT_MIN_PREFIX};
 use ggml_squeeze::index::FORMAT_VERSION;
@@ -30,6 +30,7 @@ struct Report {
     index_format: u32,
     plugin: Option<String>,
     cpu_path: &'static str,
+    cuda: String,
     kernels: Kernels,
     devices: Vec<Device>,
     defaults: Defaults,
@@ -105,6 +106,17 @@ fn devices() -> Vec<Device> {
     }
 }
 
+/// The GPUs that the CUDA kernels run on, or why there are none.
+fn gpus() -> String {
+    use cuda::Device;
+    let names = Device::count().and_then(|n| (0..n).map(Device::name_of).collect::<Result<Vec<_>, _>>());
+    match names {
+        Ok(names) if names.is_empty() => "kernels built in, no GPU".into(),
+        Ok(names) => format!("kernels built in (not used by the plugin yet); {}", names.join(", ")),
+        Err(error) => error.to_string(),
+    }
+}
+
 fn report() -> Report {
     let settings = Settings::default();
     // SAFETY: both return static strings.
@@ -116,6 +128,7 @@ fn report() -> Report {
         index_format: FORMAT_VERSION,
         plugin: find_plugin(None).ok().map(|p| p.display().to_string()),
         cpu_path: cpu::path(),
+        cuda: gpus(),
         kernels: Kernels {
             devices: &["CPU"],
             head_size_min: cpu::HEAD_DIM_MIN,
@@ -157,6 +170,7 @@ fn render(r: &Report) -> String {
         ),
     );
     line("CPU path", r.cpu_path.to_string());
+    line("CUDA", r.cuda.clone());
     for d in &r.devices {
         let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
         line(

@@ -61,6 +61,8 @@ pub struct Spec {
     pub sinks: bool,
     pub max_bias: f32,
     pub selection: Selection,
+    /// The prefix is in consecutive cells, in order; else anywhere.
+    pub contiguous: bool,
     /// Heads outermost in K and V, instead of all heads of a cell together.
     pub head_major: bool,
     /// Sparse rows see all cells but the hidden ones with mask 0, and so do dense ones.
@@ -93,6 +95,7 @@ impl Spec {
             sinks: false,
             max_bias: 0.0,
             selection: Selection { mode: Mode::Budget(0.2), spread: Spread::Diag, alpha: 2.0, estimate: false },
+            contiguous: false,
             head_major: false,
             plain_mask: false,
             k_type: Element::F16,
@@ -312,7 +315,11 @@ impl Case {
             .collect();
         let mut bindings = Vec::new();
         for s in 0..n_stream {
-            let place = r.shuffled(n_kv);
+            let mut place = r.shuffled(n_kv);
+            if spec.contiguous {
+                let first = r.below(spec.n_other + 1);
+                place = (first..n_kv).chain(0..first).map(|cell| cell as u32).collect();
+            }
             let (cells, others) = place.split_at(n_prefix);
             let hidden: &[u32] = if spec.mask { &others[..others.len() / 3] } else { &[] };
             for cache in [&mut k, &mut v] {

@@ -1,0 +1,338 @@
+//! Microseconds of one decode call on an NVIDIA GPU, in captured graphs: dense (our attend over all keys), the whole sparse call,
+//! each stage, bytes moved and the share of the card's copy bandwidth. One JSON object per line on stdout; scripts/bench-cuda.py
+//! adds PyTorch's dense attention and makes the table.
+//!
+//! `cargo bench --bench cuda -- HEADS/KV_HEADSxD@PREFIX ROWS BUDGET [radius|diag|none] [estimate]`, each further call after a
+//! comma of its own.
+
+use std::mem::MaybeUninit;
+use std::sync::Arc;
+
+use cudarc::driver::{result, sys};
+use ggml_squeeze::attention::cuda::{Attention, Bound, Buffer, Call, Device, Resident, Workspace, STAGES};
+use ggml_squeeze::attention::{Array, Element, Mode, Problem, Selection, Spread};
+use ggml_squeeze::index::*;
+use half::f16;
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use rayon::prelude::*;
+
+const SINKS: usize = 16;
+const WINDOW: usize = 100;
+/// Touched by one replay at least, in different places: more than the L2 cache holds, several times.
+const ROTATE: usize = 400 << 20;
+
+struct Shape {
+    n_head: usize,
+    n_head_kv: usize,
+    d: usize,
+    n_prefix: usize,
+    n_row: usize,
+    budget: f32,
+    spread: Spread,
+    estimate: bool,
+}
+
+fn parse(text: &str) -> Option<Shape> {
+    let mut words = text.split_whitespace();
+    let (heads, n_prefix) = words.next()?.split_once('@')?;
+    let (heads, d) = heads.split_once('x')?;
+    let (n_head, n_head_kv) = heads.split_once('/')?;
+    let (n_row, budget) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+    let rest: Vec<&str> = words.collect();
+    let spread = match () {
+        () if rest.contains(&"diag") => Spread::Diag,
+        () if rest.contains(&"none") => Spread::None,
+        () => Spread::Radius,
+    };
+    Some(Shape {
+        n_head: n_head.parse().ok()?,
+        n_head_kv: n_head_kv.parse().ok()?,
+        d: d.parse().ok()?,
+        n_prefix: n_prefix.parse().ok()?,
+        n_row,
+        budget,
+        spread,
+        estimate: rest.contains(&"estimate"),
+    })
+}
+
+fn normal(r: &mut SmallRng) -> f32 {
+    (0..4).map(|_| r.random::<f32>() - 0.5).sum::<f32>() * 3.0f32.sqrt()
+}
+
+fn normals(seed: u64, n: usize) -> Vec<f16> {
+    let part = |i: usize| {
+        let mut r = SmallRng::seed_from_u64(seed + i as u64);
+        (0..65536.min(n - i * 65536)).map(move |_| f16::from_f32(normal(&mut r))).collect::<Vec<_>>()
+    };
+    (0..n.div_ceil(65536)).into_par_iter().flat_map_iter(part).collect()
+}
+
+/// Random clusters of random sizes with members from anywhere: an index of the right shape, whose scores mean nothing.
+fn index_bytes(s: &Shape) -> Vec<u8> {
+    let n = s.n_prefix - SINKS - WINDOW;
+    let n_cluster = n / 20;
+    let heads: Vec<(Vec<u32>, Vec<u32>)> = (0..s.n_head_kv)
+        .into_par_iter()
+        .map(|h| {
+            let mut r = SmallRng::seed_from_u64(h as u64);
+            let mut members: Vec<u32> = (SINKS as u32..(SINKS + n) as u32).collect();
+            (1..n).rev().for_each(|i| members.swap(i, r.random_range(0..=i)));
+            let mut cuts = rand::seq::index::sample(&mut r, n - 1, n_cluster - 1).into_vec();
+            cuts.sort_unstable();
+            let offsets: Vec<u32> =
+                std::iter::once(0).chain(cuts.into_iter().map(|c| c as u32 + 1)).chain([n as u32]).collect();
+            offsets.windows(2).for_each(|w| members[w[0] as usize..w[1] as usize].sort_unstable());
+            (offsets, members)
+        })
+        .collect();
+    let rows = s.n_head_kv * n_cluster;
+    let layer = LayerParts {
+        shape: LayerShape {
+            layer: 0,
+            n_head_kv: s.n_head_kv as u32,
+            n_group: (s.n_head / s.n_head_kv) as u32,
+            head_dim_k: s.d as u32,
+            head_dim_v: s.d as u32,
+            n_cluster: n_cluster as u32,
+            n_coarse: 0,
+            scale: 1.0 / (s.d as f32).sqrt(),
+        },
+        centroids: normals(1, rows * s.d),
+        mean_values: normals(2, rows * s.d),
+        variances: normals(3, rows * s.d).into_iter().map(|x| (x.to_f32().abs() * 70.0) as u8).collect(),
+        variance_scales: vec![0.003; rows],
+        radii: normals(4, rows).into_iter().map(|x| 0.1 * x.to_f32().abs()).collect(),
+        offsets: heads.iter().flat_map(|h| h.0.iter().copied()).collect(),
+        members: heads.into_iter().flat_map(|h| h.1).collect(),
+        coarse_centroids: Vec::new(),
+        coarse_offsets: Vec::new(),
+    };
+    let meta = IndexMeta {
+        model: ModelId { architecture: "bench".into(), name: "bench".into(), fingerprint: [7; 32] },
+        rope: Rope { kind: 0, freq_base: 10000.0, freq_scale: 1.0 },
+        n_layer: 1,
+        tokens: (0..s.n_prefix as i32).collect(),
+        n_sink: SINKS as u32,
+        n_window: WINDOW as u32,
+        build: BuildSettings {
+            seed: 0,
+            iterations: 0,
+            cluster_share: 0.05,
+            chat: "raw".into(),
+            builder: "bench".into(),
+        },
+        calibration: vec![Calibration { budget: 0.2, threshold: 1e-3, kept: 0.2, mass: 0.9, layer_kept: vec![0.2] }],
+        dense_layers: vec![],
+    };
+    let sketch = SketchParts {
+        layer: 0,
+        k_dims: vec![0],
+        v_dims: vec![0],
+        k: vec![f16::ONE; s.n_prefix],
+        v: vec![f16::ONE; s.n_prefix],
+        k_peaks: vec![f16::ONE; s.n_prefix],
+        v_peaks: vec![f16::ONE; s.n_prefix],
+        ..SketchParts::default()
+    };
+    to_bytes(&IndexParts { meta, layers: vec![layer], sketch, probes: Vec::new() }).expect("valid parts")
+}
+
+/// Device memory full of random numbers: one block of them, over and over.
+fn random_memory(device: &Arc<Device>, block: &Buffer, bytes: usize) -> Buffer {
+    let buffer = Buffer::new(device, "a bench", bytes).expect("memory");
+    for at in (0..bytes).step_by(block.bytes()) {
+        let n = block.bytes().min(bytes - at);
+        // SAFETY: inside both buffers.
+        unsafe { result::memcpy_dtod_sync(buffer.address() + at as u64, block.address(), n) }.expect("a copy");
+    }
+    buffer
+}
+
+struct Bench {
+    stream: sys::CUstream,
+    events: [sys::CUevent; 2],
+}
+
+impl Bench {
+    /// Median microseconds of what `put` puts on the stream, over graph replays.
+    fn time(&self, replays: usize, put: impl Fn(sys::CUstream)) -> f64 {
+        let mut exec = MaybeUninit::uninit();
+        // SAFETY: our own stream; what is captured outlives this function; handles are destroyed once.
+        unsafe {
+            let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+            result::stream::begin_capture(self.stream, mode).expect("capture");
+            put(self.stream);
+            let graph = result::stream::end_capture(self.stream).expect("capture");
+            sys::cuGraphInstantiateWithFlags(exec.as_mut_ptr(), graph, 0).result().expect("a graph");
+            let exec = exec.assume_init();
+            let mut times: Vec<f64> = (0..replays + 3)
+                .map(|_| {
+                    result::event::record(self.events[0], self.stream).expect("an event");
+                    sys::cuGraphLaunch(exec, self.stream).result().expect("a replay");
+                    result::event::record(self.events[1], self.stream).expect("an event");
+                    result::event::synchronize(self.events[1]).expect("the device");
+                    1e3 * result::event::elapsed(self.events[0], self.events[1]).expect("events") as f64
+                })
+                .skip(3)
+                .collect();
+            sys::cuGraphExecDestroy(exec).result().expect("a graph");
+            sys::cuGraphDestroy(graph).result().expect("a graph");
+            times.sort_by(f64::total_cmp);
+            times[times.len() / 2]
+        }
+    }
+}
+
+/// Bytes per microsecond of a large copy, read and written.
+fn copy_rate(device: &Arc<Device>, bench: &Bench) -> f64 {
+    let n = 1usize << 30;
+    let [from, to] = [(); 2].map(|()| Buffer::new(device, "a bench", n).expect("memory"));
+    // SAFETY: inside both buffers.
+    let us = bench.time(20, |stream| unsafe {
+        sys::cuMemcpyDtoDAsync_v2(to.address(), from.address(), n, stream).result().expect("a copy")
+    });
+    2.0 * n as f64 / us
+}
+
+/// K, V, Q, output and an index of their own.
+struct Set {
+    q: Buffer,
+    k: Buffer,
+    v: Buffer,
+    dst: Buffer,
+    bound: Bound,
+}
+
+fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u8]) -> String {
+    let Shape { n_head, n_head_kv, d, n_prefix, n_row, .. } = *s;
+    let n_kv = n_prefix + 64;
+    let group = n_head / n_head_kv;
+    let row_bytes = 2 * d;
+    let selected = 2 * row_bytes * n_head_kv * (s.budget * n_prefix as f32) as usize;
+    let n_set = ROTATE.div_ceil(selected).clamp(1, 8);
+    let block = Buffer::of(device, "a bench", &normals(9, 8 << 20)).expect("memory");
+    let sets: Vec<Set> = (0..n_set)
+        .map(|i| {
+            let index = Arc::new(Index::from_bytes(index.to_vec()).expect("what was just written"));
+            let resident = Resident::of(&index, device).expect("memory");
+            let cells: Vec<u32> = (0..n_prefix as u32).collect();
+            let mut r = SmallRng::seed_from_u64(100 + i as u64);
+            let q: Vec<f32> = (0..n_row * n_head * d).map(|_| normal(&mut r)).collect();
+            Set {
+                q: Buffer::of(device, "a bench", &q).expect("memory"),
+                k: random_memory(device, &block, n_kv * n_head_kv * row_bytes),
+                v: random_memory(device, &block, n_kv * n_head_kv * row_bytes),
+                dst: Buffer::new(device, "a bench", 4 * n_row * n_head * d).expect("memory"),
+                bound: Bound::new(resident, &cells, n_kv, 0).expect("a binding"),
+            }
+        })
+        .collect();
+    let rows = |n: i32| Buffer::of(device, "a bench", &vec![n; n_row]).expect("memory");
+    let (sparse_rows, dense_rows) = (rows(0), rows(-1));
+    let array = |b: &Buffer, ne, nb| Array { data: b.address() as *mut u8, ne, nb };
+    let selection = Selection { mode: Mode::Budget(s.budget), spread: s.spread, alpha: 2.0, estimate: s.estimate };
+    let calls = |rows: &Buffer| -> (Vec<Attention>, Workspace) {
+        let bounds: Vec<[&Bound; 1]> = sets.iter().map(|set| [&set.bound]).collect();
+        let call = |(set, bounds): (&'_ Set, _)| {
+            let kv = [2, row_bytes * n_head_kv, row_bytes, row_bytes * n_head_kv * n_kv];
+            let problem = Problem {
+                q: array(&set.q, [d, n_row, n_head, 1], [4, 4 * d * n_head, 4 * d, 4 * d * n_head * n_row]),
+                k: array(&set.k, [d, n_kv, n_head_kv, 1], kv),
+                v: array(&set.v, [d, n_kv, n_head_kv, 1], kv),
+                k_type: Element::F16,
+                v_type: Element::F16,
+                mask: None,
+                sinks: None,
+                dst: array(&set.dst, [d, n_head, n_row, 1], [4, 4 * d, 4 * d * n_head, 4 * d * n_head * n_row]),
+                scale: 1.0 / (d as f32).sqrt(),
+                max_bias: 0.0,
+                softcap: 0.0,
+            };
+            Call { problem, layer: 0, selection, rows: rows.address(), bounds }
+        };
+        let all: Vec<Call<'_>> = sets.iter().zip(&bounds).map(|(set, b)| call((set, &b[..]))).collect();
+        let workspace = Workspace::for_calls(device, &all.iter().collect::<Vec<_>>()).expect("a workspace");
+        let made = all.iter().map(|c| Attention::new(device, c, &workspace).expect("a supported call")).collect();
+        (made, workspace)
+    };
+    let per_call = 1.0 / n_set as f64;
+    let (sparse, workspace) = calls(&sparse_rows);
+    let whole = |attention: &[Attention], replays| {
+        // SAFETY: everything lives until the end of this function.
+        per_call
+            * bench
+                .time(replays, |stream| attention.iter().for_each(|a| unsafe { a.launch(stream) }.expect("a launch")))
+    };
+    let mut us = whole(&sparse, 30);
+    let stages: Vec<f64> = (0..STAGES.len())
+        .map(|stage| {
+            // SAFETY: as above; the last whole call left what the stages read.
+            let put = |stream| sparse.iter().for_each(|a| unsafe { a.launch_stage(stage, stream) }.expect("a launch"));
+            per_call * bench.time(30, put)
+        })
+        .collect();
+    let (dense, _own) = calls(&dense_rows);
+    let dense_us = whole(&dense, 15);
+    us = us.min(whole(&sparse, 30));
+    let keys: u64 = (0..n_head_kv)
+        .flat_map(|h| (0..n_row).map(move |row| (row, h)))
+        .map(|(row, h)| sparse[0].kept(&workspace, row, h).expect("the device").expect("a sparse row").1 as u64)
+        .sum();
+    let n_cluster = (n_prefix - SINKS - WINDOW) / 20;
+    let always = (SINKS + WINDOW + 64) * n_row * n_head_kv;
+    let lookup_bytes = n_head_kv * n_cluster * (row_bytes + 8 + if s.spread == Spread::Diag { d } else { 0 });
+    let attend_bytes = (keys as usize + always) * (2 * row_bytes + 4)
+        + if s.estimate { n_head_kv * n_row * n_cluster * (row_bytes + 4 * group) } else { 0 };
+    let dense_bytes = n_kv * n_head_kv * 2 * row_bytes * n_row;
+    let share = |bytes: usize, us: f64| bytes as f64 / us / copy;
+    format!(
+        "{{\"heads\":{n_head},\"kv_heads\":{n_head_kv},\"d\":{d},\"prefix\":{n_prefix},\"rows\":{n_row},\"budget\":{},\
+         \"spread\":\"{:?}\",\"estimate\":{},\"sets\":{n_set},\"copy_tb_s\":{:.3},\"us\":{us:.2},\"dense_us\":{dense_us:.2},\
+         \"lookup_us\":{:.2},\"select_us\":{:.2},\"attend_us\":{:.2},\"merge_us\":{:.2},\"lookup_mb\":{:.1},\
+         \"attend_mb\":{:.1},\"lookup_share\":{:.3},\"attend_share\":{:.3},\"dense_share\":{:.3},\"kept\":{:.4}}}",
+        s.budget,
+        s.spread,
+        s.estimate,
+        copy / 1e6,
+        stages[0],
+        stages[1],
+        stages[2],
+        stages[3],
+        lookup_bytes as f64 / 1e6,
+        attend_bytes as f64 / 1e6,
+        share(lookup_bytes, stages[0]),
+        share(attend_bytes, stages[2]),
+        share(dense_bytes, dense_us),
+        keys as f64 / (n_prefix * n_row * n_head_kv) as f64,
+    )
+}
+
+fn main() {
+    let words: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let text = words.join(" ");
+    let shapes: Vec<Shape> = text.split(',').filter(|t| !t.trim().is_empty()).filter_map(parse).collect();
+    if shapes.is_empty() {
+        eprintln!("usage: cuda HEADS/KV_HEADSxD@PREFIX ROWS BUDGET [radius|diag|none] [estimate][, ...]");
+        return;
+    }
+    let device = match Device::new(0) {
+        Ok(device) => device,
+        Err(error) => return eprintln!("skipped: {error}"),
+    };
+    let event = || result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).expect("an event");
+    let stream = result::stream::create(result::stream::StreamKind::NonBlocking).expect("a stream");
+    let bench = Bench { stream, events: [event(), event()] };
+    let copy = copy_rate(&device, &bench);
+    let mut last: Option<((usize, usize, usize), Vec<u8>)> = None;
+    for shape in &shapes {
+        let key = (shape.n_head_kv * 1000 + shape.n_head, shape.d, shape.n_prefix);
+        let bytes = match last.take() {
+            Some((k, bytes)) if k == key => bytes,
+            _ => index_bytes(shape),
+        };
+        println!("{}", measure(&device, &bench, copy, shape, &bytes));
+        last = Some((key, bytes));
+    }
+}

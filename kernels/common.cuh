@@ -1,0 +1,128 @@
+// Tensor core fragments, loads and reductions that the stages share.
+//
+// A product has 16 rows (keys or clusters, m) and 8 columns (query heads, n). A thread is (r, c) = (lane / 4, lane % 4): it
+// holds rows r and r + 8 of the left side and column r of the right one. Both sides of a dot product may order dimensions
+// as they like, so a thread takes 16 contiguous bytes of a row at a time: chunk 4 j + c feeds products 2 j and 2 j + 1.
+#pragma once
+
+#include "params.cuh"
+
+namespace squeeze {
+
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr unsigned ALL = 0xffffffffu;
+
+// Waits for the results of the previous kernel of the stream, and lets the next one start: not before, so that a kernel that
+// has started finds everything done but its direct predecessor.
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ const uint32_t *offsets_of(const Layer &layer, uint32_t head_kv) {
+    return layer.offsets + static_cast<uint64_t>(head_kv) * layer.offset_stride;
+}
+
+// acc += a b; a: 16 x 16, b: 16 x 8, F16; acc: (r, 2c), (r, 2c + 1), (r + 8, 2c), (r + 8, 2c + 1).
+__device__ __forceinline__ void mma(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// An 8 x 8 matrix of 16-bit elements in a fragment, transposed.
+__device__ __forceinline__ uint32_t transpose(uint32_t x) {
+    uint32_t y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+// 2^x in one instruction; results below 2^-126 are 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    const half2 h = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t *>(&h);
+}
+
+// 16 bytes that are read once.
+__device__ __forceinline__ uint4 load_stream(const void *at) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(at));
+    return v;
+}
+
+// Dot products of a thread's two rows with 8 columns: a[j] are chunks 4 j + c of row r (0) and r + 8 (1), b[j] of column r.
+template <int D>
+__device__ __forceinline__ void dot(float (&acc)[4], const uint4 (&a)[2][D / 32], const uint4 (&b)[D / 32]) {
+#pragma unroll
+    for (int j = 0; j < D / 32; ++j) {
+        mma(acc, a[0][j].x, a[1][j].x, a[0][j].y, a[1][j].y, b[j].x, b[j].y);
+        mma(acc, a[0][j].z, a[1][j].z, a[0][j].w, a[1][j].w, b[j].z, b[j].w);
+    }
+}
+
+// Max and sum over the 8 threads that share c.
+__device__ __forceinline__ float max_rows(float v) {
+    v = fmaxf(v, __shfl_xor_sync(ALL, v, 4));
+    v = fmaxf(v, __shfl_xor_sync(ALL, v, 8));
+    return fmaxf(v, __shfl_xor_sync(ALL, v, 16));
+}
+__device__ __forceinline__ float sum_rows(float v) {
+    v += __shfl_xor_sync(ALL, v, 4);
+    v += __shfl_xor_sync(ALL, v, 8);
+    return v + __shfl_xor_sync(ALL, v, 16);
+}
+
+// Where a query row is: its stream and its place in it.
+struct RowAt {
+    uint32_t stream, query;
+    __device__ __forceinline__ RowAt(const Call &call, uint32_t row) : stream(row / call.n_query), query(row % call.n_query) {}
+};
+
+__device__ __forceinline__ const float *query_of(const Call &call, uint32_t row, uint32_t head) {
+    const RowAt at(call, row);
+    return reinterpret_cast<const float *>(call.q.data + at.query * call.q.nb1 + head * call.q.nb2 + at.stream * call.q.nb3);
+}
+
+__device__ __forceinline__ const half *mask_of(const Call &call, uint32_t row) {
+    if (call.mask_streams == 0) return nullptr;
+    const RowAt at(call, row);
+    return reinterpret_cast<const half *>(call.mask.data + at.query * call.mask.nb1 + at.stream % call.mask_streams * call.mask.nb3);
+}
+
+__device__ __forceinline__ const char *keys_of(const Call &call, uint32_t stream, uint32_t head_kv) {
+    return call.k.data + head_kv * call.k.nb2 + stream * call.k.nb3;
+}
+__device__ __forceinline__ const char *values_of(const Call &call, uint32_t stream, uint32_t head_kv) {
+    return call.v.data + head_kv * call.v.nb2 + stream * call.v.nb3;
+}
+
+// Tiles of a pair in all.
+__device__ __forceinline__ uint32_t tiles_of(const Work &work) {
+    return work.always_tiles + work.member_tiles + work.estimate_tiles;
+}
+
+// Attend cuts all tiles into as many equal runs as it has virtual blocks: its blocks, once per wave.
+__device__ __forceinline__ uint32_t virtual_blocks(const Call &call, uint32_t n_tile) {
+    const uint32_t waves = (n_tile + call.n_block * call.wave_tiles / 2) / (call.n_block * call.wave_tiles);
+    return call.n_block * min(max(waves, 1u), call.max_waves);
+}
+// First tile of a virtual block, and the virtual block of a tile.
+__device__ __forceinline__ uint32_t first_tile(uint32_t block, uint32_t n_block, uint32_t n_tile) {
+    return static_cast<uint64_t>(block) * n_tile / n_block;
+}
+__device__ __forceinline__ uint32_t block_of(uint32_t tile, uint32_t n_block, uint32_t n_tile) {
+    return ((static_cast<uint64_t>(tile) + 1) * n_block - 1) / n_tile;
+}
+
+}  // namespace squeeze

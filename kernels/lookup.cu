@@ -1,0 +1,309 @@
+// Lookup: scores of every cluster for every query head, and per tile of clusters the softmax's max and sum; the same of the
+// sinks, whose scores are exact. Some blocks check meanwhile that the binding still holds.
+#include "common.cuh"
+
+namespace squeeze {
+namespace {
+
+// Columns whose queries are in shared memory at a time, and a row's padding there, which spreads rows over the banks.
+constexpr int PASS = 32;
+constexpr int THREADS = 32 * LOOKUP_WARPS;
+constexpr int PAD = 32;
+
+template <int D, bool DIAG>
+struct Shared {
+    alignas(16) half q[PASS][D + PAD];
+    alignas(16) half squares[DIAG ? PASS : 1][D + PAD];
+    // Factor of the spread bonus of a column, and whether its row has this binding, or none and this is the first.
+    float factor[PASS];
+    bool mine[PASS];
+};
+
+// Four bytes as F16, times 1. The bits of 1024 + n are 0x6400 + n.
+__device__ __forceinline__ void widen(uint32_t bytes, uint32_t &low, uint32_t &high) {
+    const half2 bias = __floats2half2_rn(1024.0f, 1024.0f);
+    uint32_t l = __byte_perm(bytes, 0x64646464u, 0x4140), h = __byte_perm(bytes, 0x64646464u, 0x4342);
+    const half2 a = __hsub2(*reinterpret_cast<half2 *>(&l), bias), b = __hsub2(*reinterpret_cast<half2 *>(&h), bias);
+    low = *reinterpret_cast<const uint32_t *>(&a);
+    high = *reinterpret_cast<const uint32_t *>(&b);
+}
+
+// Sums of squares times variances: a thread's 16 bytes of chunk 4 j + c are four products.
+template <int D>
+__device__ __forceinline__ void dot_variances(float (&acc)[4], const uint4 (&a)[2][D / 64], const half *squares, int c) {
+#pragma unroll
+    for (int j = 0; j < D / 64; ++j) {
+        const uint4 b0 = *reinterpret_cast<const uint4 *>(squares + 16 * (4 * j + c));
+        const uint4 b1 = *reinterpret_cast<const uint4 *>(squares + 16 * (4 * j + c) + 8);
+        const uint32_t b[8] = {b0.x, b0.y, b0.z, b0.w, b1.x, b1.y, b1.z, b1.w};
+        const uint32_t rows[2][4] = {{a[0][j].x, a[0][j].y, a[0][j].z, a[0][j].w}, {a[1][j].x, a[1][j].y, a[1][j].z, a[1][j].w}};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            uint32_t a0, a1, a2, a3;
+            widen(rows[0][i], a0, a2);
+            widen(rows[1][i], a1, a3);
+            mma(acc, a0, a1, a2, a3, b[2 * i], b[2 * i + 1]);
+        }
+    }
+}
+
+// Queries on their way to shared memory: of a warp's columns, one after the other.
+template <int D>
+struct Queries {
+    float q[D / 32];
+    bool mine;
+
+    // A column of the KV head; zeros past the last one.
+    __device__ __forceinline__ void load(const Call &call, uint32_t head_kv, uint32_t column, uint32_t n_column) {
+        const int lane = threadIdx.x % 32;
+        mine = false;
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) q[j] = 0;
+        if (column >= n_column) return;
+        const uint32_t row = column / call.group;
+        const float *from = query_of(call, row, head_kv * call.group + column % call.group);
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) q[j] = from[lane + 32 * j];
+        // Select looks at a dense row's scores before it knows that the row is dense.
+        mine = max(call.rows[row], 0) == static_cast<int32_t>(blockIdx.y);
+    }
+    template <bool DIAG>
+    __device__ __forceinline__ void store(const Call &call, Shared<D, DIAG> &shared, int i) const {
+        const int lane = threadIdx.x % 32;
+        float factor = 0;
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) {
+            const float own = q[j] * call.scale;
+            shared.q[i][lane + 32 * j] = __float2half(own);
+            factor = DIAG ? fmaxf(factor, own * own) : factor + own * own;
+        }
+        if (DIAG || call.spread == SPREAD_RADIUS) {
+#pragma unroll
+            for (int d = 16; d > 0; d /= 2) {
+                const float other = __shfl_xor_sync(ALL, factor, d);
+                factor = DIAG ? fmaxf(factor, other) : factor + other;
+            }
+        }
+        if (DIAG) {
+            // The largest square becomes 1: F16 then holds all that matter.
+            const float inverse = factor > 0 ? 1 / factor : 0;
+#pragma unroll
+            for (int j = 0; j < D / 32; ++j) {
+                const float own = q[j] * call.scale;
+                shared.squares[i][lane + 32 * j] = __float2half(own * own * inverse);
+            }
+        }
+        if (lane == 0) shared.factor[i] = DIAG ? factor : sqrtf(factor), shared.mine[i] = mine;
+    }
+};
+
+// Puts the queries of columns `first..` of the KV head into shared memory. `meanwhile` is done while the first are on their way.
+template <int D, bool DIAG, typename Meanwhile>
+__device__ __forceinline__ void stage(const Call &call, Shared<D, DIAG> &shared, uint32_t head_kv, uint32_t first, uint32_t n_column,
+                                      Meanwhile meanwhile) {
+    const int warp = threadIdx.x / 32;
+    const int n = min((n_column - first + COLUMNS - 1) / COLUMNS * COLUMNS, static_cast<uint32_t>(PASS));
+    Queries<D> own, next;
+    own.load(call, head_kv, first + warp, n_column);
+    next.load(call, head_kv, first + warp + LOOKUP_WARPS, n_column);
+    meanwhile();
+    // Nobody may still read what the last pass left.
+    __syncthreads();
+    for (int i = warp; i < n; i += LOOKUP_WARPS) {
+        own.template store<DIAG>(call, shared, i);
+        own = next;
+        next.load(call, head_kv, first + i + 2 * LOOKUP_WARPS, n_column);
+    }
+    __syncthreads();
+}
+
+// Does the row still see every cell of the prefix, and are the guard's keys still there? One word per block and row.
+template <int D>
+__device__ void check(const Call &call, const Bound &bound, uint32_t z, uint32_t block) {
+    const uint32_t from = static_cast<uint64_t>(bound.layer.n_prefix) * block / CHECK_BLOCKS;
+    const uint32_t to = static_cast<uint64_t>(bound.layer.n_prefix) * (block + 1) / CHECK_BLOCKS;
+    int changed = 0;
+    if (bound.valid != nullptr) changed = *bound.valid == 0;
+    if (block == 0 && bound.guard != nullptr) {
+        const uint32_t words = D / 2, cell = min(bound.guard_cell, call.n_kv - 1);
+        const uint32_t *was = reinterpret_cast<const uint32_t *>(bound.guard);
+        for (uint32_t i = threadIdx.x; i < call.n_head_kv * words; i += blockDim.x) {
+            const char *row = keys_of(call, bound.stream, i / words) + cell * call.k.nb1;
+            changed |= reinterpret_cast<const uint32_t *>(row)[i % words] != was[i];
+        }
+    }
+    changed = __syncthreads_or(changed);
+    if (changed && threadIdx.x == 0 && bound.valid != nullptr) *bound.valid = 0;
+    for (uint32_t row = 0; row < call.n_row; ++row) {
+        const half *mask = mask_of(call, row);
+        int hidden = changed;
+        if (mask != nullptr && call.rows[row] == static_cast<int32_t>(z)) {
+            for (uint32_t t = from + threadIdx.x; t < to; t += blockDim.x) {
+                const uint32_t cell = bound.cells != nullptr ? bound.cells[t] : bound.first_cell + t;
+                // Anything but a zero of either sign is no plain view of the cell.
+                hidden |= cell >= call.n_kv || (__half_as_ushort(mask[min(cell, call.n_kv - 1)]) & 0x7fff) != 0;
+            }
+        }
+        hidden = __syncthreads_or(hidden);
+        if (threadIdx.x == 0) call.check[(z * CHECK_BLOCKS + block) * call.n_row + row] = hidden != 0;
+    }
+}
+
+// Rows of a tile, as left sides: clusters of the index or sinks in the cache.
+template <int D, bool DIAG>
+struct Tile {
+    uint4 a[2][D / 32], v[2][DIAG ? D / 64 : 1];
+    // Keys that a row stands for (0: no row), and the factor of its spread.
+    float count[2], width[2];
+
+    __device__ __forceinline__ void load_clusters(const Call &call, const Layer &layer, uint32_t head_kv, uint32_t tile) {
+        const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t own = min(tile * TILE + r + 8 * i, layer.n_cluster - 1);
+            const uint64_t at = static_cast<uint64_t>(head_kv) * layer.n_cluster + own;
+            const char *row = reinterpret_cast<const char *>(layer.centroids + at * D) + 16 * c;
+#pragma unroll
+            for (int j = 0; j < D / 32; ++j) a[i][j] = load_stream(row + 64 * j);
+            if (DIAG) {
+#pragma unroll
+                for (int j = 0; j < D / 64; ++j) v[i][j] = load_stream(layer.variances + at * D + 16 * (4 * j + c));
+            }
+            const uint32_t *offsets = offsets_of(layer, head_kv) + own;
+            count[i] = tile * TILE + r + 8 * i < layer.n_cluster ? static_cast<float>(offsets[1] - offsets[0]) : 0;
+            width[i] = DIAG ? layer.variance_scales[at] : call.spread == SPREAD_RADIUS ? layer.radii[at] : 0;
+        }
+    }
+
+    __device__ __forceinline__ void load_sinks(const Call &call, const Bound &bound, uint32_t head_kv, uint32_t tile) {
+        const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t own = min(tile * TILE + r + 8 * i, bound.layer.n_sink - 1);
+            const char *row = keys_of(call, bound.stream, head_kv) + min(bound.always[own], call.n_kv - 1) * call.k.nb1 + 16 * c;
+#pragma unroll
+            for (int j = 0; j < D / 32; ++j) a[i][j] = load_stream(row + 64 * j);
+#pragma unroll
+            for (int j = 0; j < (DIAG ? D / 64 : 1); ++j) v[i][j] = {0, 0, 0, 0};
+            count[i] = tile * TILE + r + 8 * i < bound.layer.n_sink;
+            width[i] = 0;
+        }
+    }
+};
+
+// Scores of a tile for the columns that are in shared memory. `slot` is the tile's place among the partial sums.
+template <int D, bool DIAG>
+__device__ __forceinline__ void score(const Call &call, const Shared<D, DIAG> &shared, const Tile<D, DIAG> &tile, uint32_t head_kv,
+                                      uint32_t first, uint32_t n_column, uint32_t number, uint32_t slot, bool sinks) {
+    const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+    const float undo = call.softcap == 0 ? 1.0f : call.softcap;
+    const float bonus = call.alpha * undo;
+    const uint32_t columns = min(n_column - first, static_cast<uint32_t>(PASS));
+    for (uint32_t t = 0; t < columns; t += COLUMNS) {
+        uint4 b[D / 32];
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) b[j] = *reinterpret_cast<const uint4 *>(&shared.q[t + r][8 * (4 * j + c)]);
+        float x[4] = {}, s[4] = {};
+        dot<D>(x, tile.a, b);
+        if constexpr (DIAG)
+            if (!sinks) dot_variances<D>(s, tile.v, shared.squares[t + r], c);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const uint32_t column = first + t + 2 * c + h;
+            const float factor = shared.factor[t + 2 * c + h];
+            const bool mine = shared.mine[t + 2 * c + h];
+            const uint64_t to = static_cast<uint64_t>(head_kv) * n_column + column;
+            float y[2], plain[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float logit = x[2 * i + h] * undo;
+                const float spread = DIAG ? sqrtf(s[2 * i + h] * factor * tile.width[i]) : factor * tile.width[i];
+                const float score = logit + bonus * spread;
+                const bool there = tile.count[i] > 0;
+                y[i] = there && isfinite(score) ? score * LOG2E : -INFINITY;
+                plain[i] = there && isfinite(logit) ? logit : -INFINITY;
+                if (mine && !sinks) {
+                    const uint64_t at = to * call.n_cluster + number * TILE + r + 8 * i;
+                    call.y[at] = y[i];
+                    if (call.x != nullptr) call.x[at] = plain[i];
+                }
+            }
+            const uint64_t at = to * (call.n_tile + SINK_TILES) + slot;
+            const float m = max_rows(fmaxf(y[0], y[1])), ref = m == -INFINITY ? 0 : m;
+            const float l = sum_rows(tile.count[0] * exp2_fast(y[0] - ref) + tile.count[1] * exp2_fast(y[1] - ref));
+            if (r == 0 && mine) call.partial[at] = {m, l};
+            if (call.plain != nullptr) {
+                const float a0 = plain[0] * LOG2E, a1 = plain[1] * LOG2E;
+                const float top = max_rows(fmaxf(a0, a1)), reference = top == -INFINITY ? 0 : top;
+                const float sum = sum_rows(tile.count[0] * exp2_fast(a0 - reference) + tile.count[1] * exp2_fast(a1 - reference));
+                if (r == 0 && mine) call.plain[at] = {top, sum};
+            }
+        }
+    }
+}
+
+}  // namespace
+
+// Grid: (CHECK_BLOCKS + n_head_kv + lookup_blocks, n_bound).
+template <int D, bool DIAG>
+__device__ void lookup(const Call &call) {
+    __shared__ Shared<D, DIAG> shared;
+    const Bound &bound = call.bound[blockIdx.y];
+    const Layer &layer = bound.layer;
+    const uint32_t n_column = call.n_row * call.group, warp = threadIdx.x / 32;
+    Tile<D, DIAG> tile;
+    if (blockIdx.x < CHECK_BLOCKS) {
+        await_previous();
+        return check<D>(call, bound, blockIdx.y, blockIdx.x);
+    }
+    if (blockIdx.x < CHECK_BLOCKS + call.n_head_kv) {
+        await_previous();
+        const uint32_t head_kv = blockIdx.x - CHECK_BLOCKS, n_tile = (layer.n_sink + TILE - 1) / TILE;
+        for (uint32_t first = 0; first < n_column; first += PASS) {
+            uint32_t t = warp;
+            stage(call, shared, head_kv, first, n_column, [&] {
+                if (t < n_tile) tile.load_sinks(call, bound, head_kv, t);
+            });
+            while (t < n_tile) {
+                score(call, shared, tile, head_kv, first, n_column, t, call.n_tile + t, true);
+                t += LOOKUP_WARPS;
+                if (t < n_tile) tile.load_sinks(call, bound, head_kv, t);
+            }
+        }
+        return;
+    }
+    // An equal run of the tiles of all KV heads.
+    const uint32_t n_tile = (layer.n_cluster + TILE - 1) / TILE, all = n_tile * call.n_head_kv;
+    const uint32_t block = blockIdx.x - CHECK_BLOCKS - call.n_head_kv;
+    uint32_t from = first_tile(block, call.lookup_blocks, all);
+    const uint32_t end = first_tile(block + 1, call.lookup_blocks, all), begin = from;
+    // The index does not change: its first rows are on their way before the previous kernel is done.
+    if (from + warp < min(end, (from / n_tile + 1) * n_tile)) tile.load_clusters(call, layer, from / n_tile, (from + warp) % n_tile);
+    await_previous();
+    while (from < end) {
+        const uint32_t head_kv = from / n_tile, start = head_kv * n_tile, to = min(end, start + n_tile);
+        for (uint32_t first = 0; first < n_column; first += PASS) {
+            uint32_t t = from + warp;
+            stage(call, shared, head_kv, first, n_column, [&] {
+                if (t < to && (from != begin || first > 0)) tile.load_clusters(call, layer, head_kv, t - start);
+            });
+            while (t < to) {
+                score(call, shared, tile, head_kv, first, n_column, t - start, t - start, false);
+                t += LOOKUP_WARPS;
+                if (t < to) tile.load_clusters(call, layer, head_kv, t - start);
+            }
+        }
+        from = to;
+    }
+}
+
+#define LOOKUP(NAME, D, DIAG, BLOCKS)                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ Call call) { \
+        lookup<D, DIAG>(call);                                                                                   \
+    }
+LOOKUP(lookup_64, 64, false, 8)
+LOOKUP(lookup_64_diag, 64, true, 8)
+LOOKUP(lookup_128, 128, false, 6)
+LOOKUP(lookup_128_diag, 128, true, 5)
+
+}  // namespace squeeze

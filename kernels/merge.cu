@@ -1,0 +1,64 @@
+// Merge: the blocks' states of a (row, head) become its output.
+#include "common.cuh"
+
+namespace squeeze {
+
+// Grid: (n_row * n_head_kv, group); block: (D, MERGE_GROUPS), a thread per dimension and group of states.
+template <int D>
+__device__ void merge(const Call &call) {
+    // States at a time: those that a thread has on their way, times the groups.
+    constexpr int EACH = 16, BATCH = EACH * MERGE_GROUPS;
+    __shared__ float values[MERGE_GROUPS][D], sums[MERGE_GROUPS];
+    const uint32_t pair = blockIdx.x, g = blockIdx.y, d = threadIdx.x, group = threadIdx.y;
+    const uint32_t head_kv = pair / call.n_row, row = pair % call.n_row, head = head_kv * call.group + g;
+    const int lane = d % 32;
+    await_previous();
+    const uint2 span = call.span[pair];
+    const uint32_t n = span.y, step = call.group * (D + 2);
+    const float *states = call.state + static_cast<uint64_t>(span.x) * step + g * (D + 2);
+    float m = call.sinks != nullptr ? call.sinks[head] * LOG2E : -INFINITY;
+    float value = 0, l = group == 0 && m > -INFINITY ? 1 : 0;
+    for (uint32_t start = 0; start < n; start += BATCH) {
+        float v[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const uint32_t at = start + group + MERGE_GROUPS * i;
+            v[i] = at < n ? states[static_cast<uint64_t>(at) * step + d] : 0;
+        }
+        // Every warp looks at all of the batch's maxima.
+        float tops[BATCH / 32], sizes[BATCH / 32], top = m;
+#pragma unroll
+        for (int i = 0; i < BATCH / 32; ++i) {
+            const uint32_t at = start + lane + 32 * i;
+            tops[i] = at < n ? states[static_cast<uint64_t>(at) * step + D] : -INFINITY;
+            sizes[i] = at < n ? states[static_cast<uint64_t>(at) * step + D + 1] : 0;
+            top = fmaxf(top, tops[i]);
+        }
+#pragma unroll
+        for (int o = 16; o > 0; o /= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, o));
+        if (top == -INFINITY) continue;
+        const float factor = exp2_fast(m - top);
+        value *= factor, l *= factor, m = top;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const uint32_t at = group + MERGE_GROUPS * i;
+            const float w = exp2_fast(__shfl_sync(ALL, tops[MERGE_GROUPS * i / 32], at % 32) - top);
+            l += w * __shfl_sync(ALL, sizes[MERGE_GROUPS * i / 32], at % 32);
+            value += w * v[i];
+        }
+    }
+    values[group][d] = value;
+    if (d == 0) sums[group] = l;
+    __syncthreads();
+    if (group > 0) return;
+#pragma unroll
+    for (int w = 1; w < MERGE_GROUPS; ++w) value += values[w][d], l += sums[w];
+    const RowAt place(call, row);
+    float *out = reinterpret_cast<float *>(call.dst.data + head * call.dst.nb1 + place.query * call.dst.nb2 + place.stream * call.dst.nb3);
+    out[d] = l > 0 ? value / l : 0;
+}
+
+extern "C" __global__ void __launch_bounds__(64 * MERGE_GROUPS) merge_64(const __grid_constant__ Call call) { merge<64>(call); }
+extern "C" __global__ void __launch_bounds__(128 * MERGE_GROUPS) merge_128(const __grid_constant__ Call call) { merge<128>(call); }
+
+}  // namespace squeeze

@@ -1,0 +1,191 @@
+//! The driver, opened at run time, and per GPU the primary context with the kernels loaded into it.
+
+use std::ffi::{c_int, CString};
+use std::sync::Arc;
+
+use cudarc::driver::{result, sys, DriverError};
+
+use super::params::{self, ATTEND_THREADS, LOOKUP_THREADS};
+use super::Error;
+
+include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
+
+/// Oldest driver (CUDA version times 1000 and 10): programmatic launches, lazy loading.
+const DRIVER_MIN: c_int = 12000;
+
+impl Error {
+    pub(super) fn driver(what: &'static str) -> impl Fn(DriverError) -> Error {
+        move |e| {
+            let code = e.error_string().map_or_else(|_| format!("{:?}", e.0), |s| s.to_string_lossy().into_owned());
+            Error::Driver { what, code }
+        }
+    }
+}
+
+/// Kernels of one head size: lookup without and with the spread by dimension, attend for up to 8 and up to 16 heads of a
+/// group. `blocks`: how many of a kernel the whole GPU runs at once.
+pub(super) struct Kernels {
+    pub lookup: [sys::CUfunction; 2],
+    pub lookup_blocks: [usize; 2],
+    pub attend: [sys::CUfunction; 2],
+    pub attend_blocks: [usize; 2],
+    pub merge: sys::CUfunction,
+}
+
+/// A GPU with the kernels in its primary context, which is the CUDA runtime's, hence ggml's.
+pub struct Device {
+    ordinal: usize,
+    cu: sys::CUdevice,
+    context: sys::CUcontext,
+    modules: Vec<sys::CUmodule>,
+    name: String,
+    /// For each of `params::SELECT`: by keys, and by mass.
+    pub(super) select: [[sys::CUfunction; 2]; params::SELECT.len()],
+    pub(super) heads: [Kernels; 2],
+    /// Can a kernel start while the one before it ends? (compute capability 9.0 and later)
+    pub(super) overlap: bool,
+}
+
+// SAFETY: handles of the driver, which any thread may use.
+unsafe impl Send for Device {}
+// SAFETY: as above.
+unsafe impl Sync for Device {}
+
+impl Device {
+    /// Number of GPUs; an error says why there can be none.
+    ///
+    /// # Errors
+    /// No kernels are built in, there is no driver, or it is too old.
+    pub fn count() -> Result<usize, Error> {
+        if !MISSING.is_empty() {
+            return Err(Error::NotBuilt { why: MISSING });
+        }
+        // SAFETY: asks the loader for libcuda, nothing more.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(Error::NoDriver);
+        }
+        result::init().map_err(Error::driver("start"))?;
+        let mut version = 0;
+        // SAFETY: writes one number.
+        unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(Error::driver("tell its version"))?;
+        if version < DRIVER_MIN {
+            return Err(Error::OldDriver { found: format!("{}.{}", version / 1000, version % 1000 / 10) });
+        }
+        Ok(result::device::get_count().map_err(Error::driver("count devices"))? as usize)
+    }
+
+    /// A GPU's name.
+    ///
+    /// # Errors
+    /// There is no such GPU, or `count` has not found any.
+    pub fn name_of(ordinal: usize) -> Result<String, Error> {
+        let cu = result::device::get(ordinal as c_int).map_err(Error::driver("find the device"))?;
+        result::device::get_name(cu).map_err(Error::driver("tell the device's name"))
+    }
+
+    /// Loads the kernels into the primary context of a GPU and makes that current in this thread.
+    ///
+    /// # Errors
+    /// As for `count`; the GPU is too old, or the driver refuses.
+    pub fn new(ordinal: usize) -> Result<Arc<Device>, Error> {
+        Device::count()?;
+        let cu = result::device::get(ordinal as c_int).map_err(Error::driver("find the device"))?;
+        // SAFETY: `cu` is a device; attributes are numbers.
+        let attribute = |a| unsafe { result::device::get_attribute(cu, a) }.map_err(Error::driver("tell an attribute"));
+        use sys::CUdevice_attribute as A;
+        let major = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        if major < 8 {
+            return Err(Error::OldDevice { ordinal, major, minor });
+        }
+        let n_sm = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+        let name = Device::name_of(ordinal)?;
+        // SAFETY: `cu` is a device; released when the result is dropped.
+        let context = unsafe { result::primary_ctx::retain(cu) }.map_err(Error::driver("open the context"))?;
+        let mut device = Device {
+            ordinal,
+            cu,
+            context,
+            modules: Vec::new(),
+            name,
+            select: [[std::ptr::null_mut(); 2]; params::SELECT.len()],
+            heads: [(); 2].map(|()| Kernels {
+                lookup: [std::ptr::null_mut(); 2],
+                lookup_blocks: [0; 2],
+                attend: [std::ptr::null_mut(); 2],
+                attend_blocks: [0; 2],
+                merge: std::ptr::null_mut(),
+            }),
+            overlap: major >= 9,
+        };
+        device.enter()?;
+        device.load(n_sm)?;
+        Ok(Arc::new(device))
+    }
+
+    fn load(&mut self, n_sm: usize) -> Result<(), Error> {
+        let mut module = |image: &'static [u8]| {
+            // SAFETY: a whole fatbin, built in.
+            let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
+            module.inspect(|m| self.modules.push(*m)).map_err(Error::driver("load the kernels"))
+        };
+        let [lookup, select, attend, merge] = [module(LOOKUP)?, module(SELECT)?, module(ATTEND)?, module(MERGE)?];
+        let function = |module, name: &str| {
+            let name = CString::new(name).expect("names have no zero");
+            // SAFETY: a module just loaded.
+            unsafe { result::module::get_function(module, name) }.map_err(Error::driver("find a kernel"))
+        };
+        let blocks = |function, threads: usize| {
+            // SAFETY: a function just found.
+            let per_sm =
+                unsafe { result::occupancy::max_active_block_per_multiprocessor(function, threads as c_int, 0) };
+            Ok(n_sm * per_sm.map_err(Error::driver("tell a kernel's occupancy"))?.max(1) as usize)
+        };
+        for (kernels, d) in self.heads.iter_mut().zip(super::HEAD_DIMS) {
+            kernels.merge = function(merge, &format!("merge_{d}"))?;
+            for n in 0..2 {
+                kernels.lookup[n] = function(lookup, &format!("lookup_{d}{}", ["", "_diag"][n]))?;
+                kernels.lookup_blocks[n] = blocks(kernels.lookup[n], LOOKUP_THREADS)?;
+                kernels.attend[n] = function(attend, &format!("attend_{d}_{}", n + 1))?;
+                kernels.attend_blocks[n] = blocks(kernels.attend[n], ATTEND_THREADS)?;
+            }
+        }
+        for (to, (each, threads)) in self.select.iter_mut().zip(params::SELECT) {
+            let name = format!("select_{each}_{threads}");
+            *to = [function(select, &name)?, function(select, &format!("{name}_mass"))?];
+        }
+        Ok(())
+    }
+
+    /// Makes the primary context current in this thread.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    pub fn enter(&self) -> Result<(), Error> {
+        // SAFETY: retained until drop.
+        unsafe { result::ctx::set_current(self.context) }.map_err(Error::driver("enter the context"))
+    }
+
+    /// Number of the GPU, as CUDA counts.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    /// The GPU's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        if self.enter().is_err() {
+            return;
+        }
+        // SAFETY: ours, and nobody launches from them any more. A failure at the process's end is of no interest.
+        unsafe {
+            self.modules.iter().for_each(|m| _ = result::module::unload(*m));
+            let _ = result::primary_ctx::release(self.cu);
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Device memory with an owner.
+
+use std::sync::Arc;
+
+use cudarc::driver::{result, sys};
+
+use super::{Device, Error};
+
+/// A piece of device memory, freed when dropped.
+pub struct Buffer {
+    device: Arc<Device>,
+    at: sys::CUdeviceptr,
+    bytes: usize,
+}
+
+impl Buffer {
+    /// `bytes` of device memory with unknown contents; `what` names it in an error.
+    ///
+    /// # Errors
+    /// There is not enough, or the driver refuses.
+    pub fn new(device: &Arc<Device>, what: &'static str, bytes: usize) -> Result<Buffer, Error> {
+        device.enter()?;
+        // SAFETY: freed in drop.
+        let at = unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|e| match e.0 {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                Error::Memory { what, bytes, free: result::mem_get_info().map_or(0, |info| info.0) }
+            }
+            _ => Error::driver("allocate memory")(e),
+        })?;
+        Ok(Buffer { device: device.clone(), at, bytes })
+    }
+
+    /// A copy of host data. Waits for the copy.
+    ///
+    /// # Errors
+    /// As for `new`.
+    pub fn of<T: bytemuck::NoUninit>(device: &Arc<Device>, what: &'static str, data: &[T]) -> Result<Buffer, Error> {
+        let buffer = Buffer::new(device, what, size_of_val(data))?;
+        buffer.write(0, data)?;
+        Ok(buffer)
+    }
+
+    /// Copies host data to byte `at`. Waits for the copy.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    ///
+    /// # Panics
+    /// The data do not fit.
+    pub fn write<T: bytemuck::NoUninit>(&self, at: usize, data: &[T]) -> Result<(), Error> {
+        assert!(at + size_of_val(data) <= self.bytes, "a write past the end of device memory");
+        self.device.enter()?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: inside the buffer; the driver copies before it returns.
+        unsafe { result::memcpy_htod_sync(self.at + at as u64, data) }.map_err(Error::driver("copy to the device"))
+    }
+
+    /// Copies `n` elements from byte `at` to the host, after everything that the device was asked to do.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    ///
+    /// # Panics
+    /// There are not so many.
+    pub fn read<T: bytemuck::AnyBitPattern>(&self, at: usize, n: usize) -> Result<Vec<T>, Error> {
+        assert!(at + n * size_of::<T>() <= self.bytes, "a read past the end of device memory");
+        self.device.enter()?;
+        result::ctx::synchronize().map_err(Error::driver("finish its work"))?;
+        let mut out = vec![<T as bytemuck::Zeroable>::zeroed(); n];
+        if n > 0 {
+            // SAFETY: inside the buffer; any bits are a T.
+            unsafe { result::memcpy_dtoh_sync(&mut out, self.at + at as u64) }
+                .map_err(Error::driver("copy from the device"))?;
+        }
+        Ok(out)
+    }
+
+    /// Device address.
+    pub fn address(&self) -> u64 {
+        self.at
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The GPU that it is on.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if self.device.enter().is_ok() {
+            // SAFETY: ours. cuMemFree waits for kernels that may still use it.
+            let _ = unsafe { result::free_sync(self.at) };
+        }
+    }
+}
+
+/// Lays out consecutive areas, each on a multiple of 256 bytes.
+#[derive(Default)]
+pub(super) struct Carver {
+    pub(super) bytes: usize,
+}
+
+impl Carver {
+    pub(super) fn area<T>(&mut self, n: usize) -> usize {
+        let at = self.bytes;
+        self.bytes = (at + n * size_of::<T>()).next_multiple_of(256);
+        at
+    }
+}

@@ -1,0 +1,48 @@
+//! The attention call on an NVIDIA GPU: the same call as on the CPU, as four kernels on a stream that somebody else owns.
+//! Knows nothing of ggml.
+//!
+//! `device` finds the driver and loads the kernels, `resident` holds an index in device memory, `bound` ties it to cells of a
+//! cache, `launch` plans a call and puts it on a stream. Nothing in a launch allocates, waits or depends on what the
+//! device computes: a launch can be captured in a CUDA graph and replayed with other data at the same addresses.
+
+mod bound;
+mod device;
+mod launch;
+mod memory;
+mod params;
+mod resident;
+
+pub use bound::Bound;
+pub use device::Device;
+pub use launch::{Attention, Call, Workspace, STAGES};
+pub use memory::Buffer;
+pub use resident::Resident;
+
+/// Head sizes (of keys and values alike) that the kernels are built for.
+pub const HEAD_DIMS: [usize; 2] = [64, 128];
+/// Query rows of one call at most.
+pub const MAX_ROWS: usize = 16;
+
+/// Why something cannot be done on a GPU; the caller computes densely, by other means.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    #[error("this build has no CUDA kernels ({why}): build it where nvcc is found, as the README says")]
+    NotBuilt { why: &'static str },
+    #[error("no CUDA driver is installed (libcuda was not found)")]
+    NoDriver,
+    #[error("the CUDA driver is for CUDA {found}, 12.0 is needed: update it")]
+    OldDriver { found: String },
+    #[error("GPU {ordinal} has compute capability {major}.{minor}, 8.0 is needed: attention stays dense there")]
+    OldDevice { ordinal: usize, major: i32, minor: i32 },
+    #[error("the CUDA driver cannot {what}: {code}")]
+    Driver { what: &'static str, code: String },
+    #[error("{bytes} bytes of GPU memory for {what} cannot be had, {free} are free: attention stays dense")]
+    Memory { what: &'static str, bytes: usize, free: usize },
+    #[error("{what} is {got}, the CUDA kernels take {want}: such a call stays dense")]
+    Unsupported { what: &'static str, got: String, want: &'static str },
+}
+
+/// What the library was built without, if it has no CUDA kernels.
+pub fn missing() -> Option<&'static str> {
+    (!device::MISSING.is_empty()).then_some(device::MISSING)
+}
