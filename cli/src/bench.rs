@@ -25,9 +25,9 @@ pub struct BenchArgs {
     #[arg(short, long, value_name = "FILE", conflicts_with_all = ["index", "state_file"])]
     file: Option<PathBuf>,
     /// The index
-    #[arg(long, value_name = "FILE", requires = "state_file")]
+    #[arg(long, value_name = "FILE")]
     index: Option<PathBuf>,
-    /// The prefix's state, from the same sqz build
+    /// The prefix's state in a cache of these types, from sqz build [default: the prefix is computed]
     #[arg(long, value_name = "FILE", requires = "index")]
     state_file: Option<PathBuf>,
     /// Shares of the prefix keys
@@ -183,7 +183,7 @@ fn table(rows: &[Row]) -> String {
 }
 
 /// Indexes a text into a temporary folder: index and state.
-fn prepare(args: &BenchArgs, file: &Path, folder: &Path) -> Result<(PathBuf, PathBuf)> {
+fn prepare(args: &BenchArgs, file: &Path, folder: &Path) -> Result<(PathBuf, Option<PathBuf>)> {
     std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
     let (output, state) = (folder.join("bench.sqz.gguf"), folder.join("bench.state"));
     build_cmd::make(&BuildArgs {
@@ -195,7 +195,7 @@ fn prepare(args: &BenchArgs, file: &Path, folder: &Path) -> Result<(PathBuf, Pat
         slot_file: None,
         cluster: args.cluster.clone(),
     })?;
-    Ok((output, state))
+    Ok((output, Some(state)))
 }
 
 /// The command.
@@ -204,13 +204,17 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let measured = (|| {
         let (index, state) = match (&args.file, &args.index, &args.state_file) {
             (Some(file), None, None) => prepare(args, file, &folder)?,
-            (None, Some(index), Some(state)) => (index.clone(), state.clone()),
-            _ => bail!("what is measured behind? Give a text with -f, or --index and --state-file"),
+            (None, Some(index), state) => (index.clone(), state.clone()),
+            _ => bail!("what is measured behind? Give a text with -f, or an index with --index"),
         };
         let model = Model::load(&args.model.model)?;
         let slack = args.n_prompt.max(args.n_gen) + 16;
-        let mut session = Session::open(&model, &args.model, &index, &state, slack)?;
-        measure(&mut session, args, &model.description())
+        let name = match args.model.cache_types() {
+            types if types == "f16" => model.description(),
+            types => format!("{}, {types} cache", model.description()),
+        };
+        let mut session = Session::open(&model, &args.model, &index, state.as_deref(), slack)?;
+        measure(&mut session, args, &name)
     })();
     if folder.exists() {
         std::fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;

@@ -5,13 +5,20 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::{c_void, CStr};
 
 use anyhow::{bail, Result};
-use ggml_squeeze::build::LayerCapture;
+use ggml_squeeze::attention::Element;
+use ggml_squeeze::backend::{is_quantised, Row};
+use ggml_squeeze::build::{cache_blocks, LayerCapture};
+use ggml_squeeze::hadamard::rotate;
 use half::f16;
 use llama_cpp_sys_2 as sys;
+
+use crate::llama::element_of;
 
 /// Relative error above which captured K, Q and V are taken to be something else than the op's. Half precision sums in
 /// llama.cpp's kernels stay near 0.002; a wrong layout is at 1.
 const VERIFY_TOLERANCE: f32 = 0.02;
+/// The same of a quantised K cache, where llama.cpp's kernel rounds the queries to Q8_0 too.
+const VERIFY_TOLERANCE_QUANTISED: f32 = 0.1;
 /// Heads per layer that are checked so.
 const VERIFY_HEADS: usize = 4;
 
@@ -27,6 +34,7 @@ struct Rows {
     head_bytes: usize,
     head_dim: usize,
     n_head: usize,
+    element: Element,
 }
 
 struct Layer {
@@ -89,10 +97,6 @@ fn f32_at(bytes: &[u8], offset: usize) -> f32 {
     f32::from_le_bytes([bytes[offset], bytes[offset + 1], bytes[offset + 2], bytes[offset + 3]])
 }
 
-fn f16_at(bytes: &[u8], offset: usize) -> f16 {
-    f16::from_le_bytes([bytes[offset], bytes[offset + 1]])
-}
-
 /// Name of the tensor at the root of a chain of views.
 unsafe fn root_of(mut t: *const sys::ggml_tensor) -> (*const sys::ggml_tensor, String) {
     // SAFETY: views point to live tensors, and names are NUL-terminated.
@@ -104,7 +108,7 @@ unsafe fn root_of(mut t: *const sys::ggml_tensor) -> (*const sys::ggml_tensor, S
     }
 }
 
-fn rows(root: *const sys::ggml_tensor, view: &sys::ggml_tensor) -> Rows {
+fn rows(root: *const sys::ggml_tensor, view: &sys::ggml_tensor, element: Option<Element>) -> Rows {
     Rows {
         root,
         offset: view.view_offs,
@@ -112,6 +116,8 @@ fn rows(root: *const sys::ggml_tensor, view: &sys::ggml_tensor) -> Rows {
         head_bytes: view.nb[2],
         head_dim: view.ne[0] as usize,
         n_head: view.ne[2] as usize,
+        // a layer of another type is not read
+        element: element.unwrap_or(Element::F16),
     }
 }
 
@@ -165,11 +171,12 @@ impl Capture {
         // SAFETY: the mask is a source of the op.
         let mask_problem = unsafe { self.check_mask(op.src[3]) };
         let param = |i: usize| f32::from_bits(op.op_params[i] as u32);
+        let (k_type, v_type) = (element_of(k.type_), element_of(v.type_));
         let (dims, n_head) = ((q.ne[0] as usize, v.ne[0] as usize), q.ne[2] as usize);
         let (n_prefix, n_window) = (self.n_prefix, self.n_window);
         let layer = self.layers.entry(number).or_insert_with(|| Layer {
-            k: rows(k_root, k),
-            v: rows(v_root, v),
+            k: rows(k_root, k, k_type),
+            v: rows(v_root, v, v_type),
             n_head,
             scale: param(0),
             softcap: param(2),
@@ -180,9 +187,9 @@ impl Capture {
         });
         let problem = if v_name != format!("cache_v_l{number}") {
             Some(format!("its values are not in a cache of their own ({v_name}; MLA)"))
-        } else if k.type_ != sys::GGML_TYPE_F16 || v.type_ != sys::GGML_TYPE_F16 {
-            Some("its K or V cache is not F16".to_string())
-        } else if v.nb[0] != 2 || k.nb[0] != 2 {
+        } else if k_type.is_none() || v_type.is_none() {
+            Some("its K or V cache has a type that the plugin does not know".to_string())
+        } else if v.nb[0] != layer.v.element.block_bytes() || k.nb[0] != layer.k.element.block_bytes() {
             Some("its V cache is transposed".to_string())
         } else if param(1) != 0.0 {
             Some("ALiBi".to_string())
@@ -251,8 +258,15 @@ impl Capture {
     /// last token over them must give what the op gave. The relative error comes back too.
     pub fn read(&self, number: u32) -> Result<(LayerCapture, f32), String> {
         let layer = &self.layers[&number];
+        let blocks = cache_blocks(layer.k.head_dim as u32, layer.v.head_dim as u32);
+        let block = |element, block: u32| if is_quantised(element) { block as usize } else { 0 };
+        let (k_block, v_block) = (block(layer.k.element, blocks.0), block(layer.v.element, blocks.1));
         // SAFETY: the cache belongs to the context, which owns this capture and is idle.
-        let (k, v) = unsafe { (self.read_rows(&layer.k), self.read_rows(&layer.v)) };
+        let (k, v) = unsafe { (self.read_rows(&layer.k, k_block), self.read_rows(&layer.v, v_block)) };
+        // llama.cpp turns queries as it turns keys, and turns the output back behind the op
+        let (mut q, mut last_output) = (layer.q.clone(), layer.last_output.clone());
+        rotate(&mut q, k_block);
+        rotate(&mut last_output, v_block);
         let capture = LayerCapture {
             layer: number,
             n_head_kv: layer.k.n_head as u32,
@@ -262,34 +276,39 @@ impl Capture {
             scale: layer.scale,
             k,
             v,
-            q: layer.q.clone(),
+            q,
         };
         let dv = layer.v.head_dim;
         let error = (0..layer.n_head)
             .step_by(layer.n_head.div_ceil(VERIFY_HEADS))
             .map(|h| {
-                let seen = layer.last_output.get(h * dv..(h + 1) * dv).unwrap_or_default();
+                let seen = last_output.get(h * dv..(h + 1) * dv).unwrap_or_default();
                 relative_error(&attend_last(&capture, layer, h), seen)
             })
             .fold(0.0, f32::max);
-        if error <= VERIFY_TOLERANCE {
+        let tolerance = if is_quantised(layer.k.element) { VERIFY_TOLERANCE_QUANTISED } else { VERIFY_TOLERANCE };
+        if error <= tolerance {
             Ok((capture, error))
         } else {
             Err(format!("its captured K, Q and V do not give the op's output (relative error {error:.3})"))
         }
     }
 
-    /// `[P][n_head][head_dim]`.
-    unsafe fn read_rows(&self, r: &Rows) -> Vec<f16> {
+    /// `[P][n_head][head_dim]`, in the plain basis: `block` is that of the rows.
+    unsafe fn read_rows(&self, r: &Rows, block: usize) -> Vec<f16> {
         let mut bytes = vec![0u8; self.n_prefix * r.cell_bytes];
-        let last = (self.n_prefix - 1) * r.cell_bytes + (r.n_head - 1) * r.head_bytes + r.head_dim * 2;
+        let size = r.element.row_bytes(r.head_dim);
+        let last = (self.n_prefix - 1) * r.cell_bytes + (r.n_head - 1) * r.head_bytes + size;
         // SAFETY: cells 0..P of the view that the op used; `last` bytes are no more than the tensor has from there.
         unsafe { sys::ggml_backend_tensor_get(r.root, bytes.as_mut_ptr().cast(), r.offset, last) };
         let mut out = Vec::with_capacity(self.n_prefix * r.n_head * r.head_dim);
+        let mut plain = vec![0.0; r.head_dim];
         for cell in 0..self.n_prefix {
             for head in 0..r.n_head {
                 let at = cell * r.cell_bytes + head * r.head_bytes;
-                out.extend((0..r.head_dim).map(|d| f16_at(&bytes, at + d * 2)));
+                Row { bytes: &bytes[at..at + size], element: r.element }.decode(0, &mut plain);
+                rotate(&mut plain, block);
+                out.extend(plain.iter().map(|x| f16::from_f32(*x)));
             }
         }
         out

@@ -23,9 +23,9 @@ pub struct EvalArgs {
     /// The index
     #[arg(long, value_name = "FILE")]
     index: PathBuf,
-    /// The prefix's state, from the same sqz build
+    /// The prefix's state in a cache of these types, from sqz build [default: the prefix is computed]
     #[arg(long, value_name = "FILE")]
-    state_file: PathBuf,
+    state_file: Option<PathBuf>,
     /// Questions, from sqz facts
     #[arg(long, value_name = "FILE")]
     questions: PathBuf,
@@ -128,6 +128,7 @@ pub struct Summary {
 #[derive(Serialize)]
 struct Report<'a> {
     model: String,
+    cache: String,
     index: String,
     n_prefix: usize,
     positions: usize,
@@ -308,7 +309,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let model = Model::load(&args.model.model)?;
     // Room for the longest question and answer: at most one token per byte.
     let slack = questions.iter().map(|q| q.prompt.len() + q.n_predict + 16).max().unwrap_or(0);
-    let session = Session::open(&model, &args.model, &args.index, &args.state_file, slack)?;
+    let session = Session::open(&model, &args.model, &args.index, args.state_file.as_deref(), slack)?;
     let mut runner = Runner { session, model: &model, args };
     let variants = variants(args);
     let phase = Phase::new("eval", questions.len());
@@ -325,6 +326,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     if args.json {
         let report = Report {
             model: model.description(),
+            cache: args.model.cache_types(),
             index: args.index.display().to_string(),
             n_prefix: runner.session.n_prefix,
             positions,
@@ -340,9 +342,10 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         print_each(&answered);
     }
     println!(
-        "{}, prefix of {} tokens, {} questions, {positions} answer tokens; reference: dense f32, {dense_facts_right} of \
-         {facts} facts right\n",
+        "{}, {} cache, prefix of {} tokens, {} questions, {positions} answer tokens; reference: dense f32, \
+         {dense_facts_right} of {facts} facts right\n",
         model.description(),
+        args.model.cache_types(),
         runner.session.n_prefix,
         questions.len()
     );

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Mutex;
 
 use anyhow::{ensure, Context as _, Result};
+use ggml_squeeze::attention::Element;
 use llama_cpp_sys_2 as sys;
 
 mod context;
@@ -47,6 +48,12 @@ pub struct ModelArgs {
     /// Flash attention (-fa)
     #[arg(long, value_enum, default_value_t = Flash::Auto, value_name = "on|auto|off")]
     pub flash_attn: Flash,
+    /// Type of the K cache (-ctk): f32, f16, bf16, q8_0 or q4_0
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
+    pub cache_type_k: Element,
+    /// Type of the V cache (-ctv)
+    #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
+    pub cache_type_v: Element,
     #[command(flatten)]
     pub rope: RopeArgs,
     /// Full-size cache for sliding-window layers; states for a program that has this option need it too
@@ -124,7 +131,43 @@ impl RopeArgs {
     }
 }
 
+/// A type of K or V by llama.cpp's name.
+///
+/// # Errors
+/// llama.cpp or the plugin has no cache of this type.
+pub fn cache_type(name: &str) -> Result<Element, String> {
+    let known = || Element::ALL.map(Element::name).join(", ");
+    Element::ALL
+        .into_iter()
+        .find(|e| e.name() == name)
+        .ok_or_else(|| format!("no cache type that can be indexed: give one of {}", known()))
+}
+
+/// ggml's number of a type.
+fn type_number(element: Element) -> sys::ggml_type {
+    match element {
+        Element::F32 => sys::GGML_TYPE_F32,
+        Element::F16 => sys::GGML_TYPE_F16,
+        Element::BF16 => sys::GGML_TYPE_BF16,
+        Element::Q8_0 => sys::GGML_TYPE_Q8_0,
+        Element::Q4_0 => sys::GGML_TYPE_Q4_0,
+    }
+}
+
+/// The type that has ggml's number; `None` for one that the plugin does not compute with.
+pub fn element_of(number: sys::ggml_type) -> Option<Element> {
+    Element::ALL.into_iter().find(|e| type_number(*e) == number)
+}
+
 impl ModelArgs {
+    /// Types of K and V, as messages name them.
+    pub fn cache_types(&self) -> String {
+        match (self.cache_type_k.name(), self.cache_type_v.name()) {
+            (k, v) if k == v => k.to_string(),
+            (k, v) => format!("{k}/{v}"),
+        }
+    }
+
     pub fn n_threads(&self) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
         self.threads.map_or_else(cores, |n| n as usize)

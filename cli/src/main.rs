@@ -39,6 +39,8 @@ fn long_option(arg: OsString) -> OsString {
     match arg.to_str() {
         Some("-ub") => "--ubatch-size".into(),
         Some("-fa") => "--flash-attn".into(),
+        Some("-ctk") => "--cache-type-k".into(),
+        Some("-ctv") => "--cache-type-v".into(),
         _ => arg,
     }
 }
@@ -97,11 +99,14 @@ mod tests {
 
     #[test]
     fn llama_cpp_short_options_are_understood() {
-        let given = ["sqz", "build", "-m", "m", "-f", "t", "-o", "o", "-ub", "64", "-fa", "on", "-t", "3"];
-        let cli = Cli::try_parse_from(arguments(given.into_iter().map(OsString::from))).unwrap();
-        let Command::Build(build) = cli.command else { panic!("not build") };
+        let given = ["sqz", "build", "-m", "m", "-f", "t", "-o", "o", "-ub", "64", "-fa", "on", "-t", "3", "-ctk", "q8_0"];
+        let parse = |given: &[&str]| Cli::try_parse_from(arguments(given.iter().map(OsString::from)));
+        let Command::Build(build) = parse(&given).unwrap().command else { panic!("not build") };
         assert_eq!((build.model.ubatch_size, build.model.threads), (64, Some(3)));
         assert_eq!(build.model.flash_attn, llama::Flash::On);
+        assert_eq!(build.model.cache_types(), "q8_0/f16");
+        let wrong = parse(&[&given[..], &["-ctv", "q5_1"]].concat()).err().unwrap().to_string();
+        assert!(wrong.contains("f32, f16, bf16, q8_0, q4_0"), "{wrong}");
     }
 
     #[test]

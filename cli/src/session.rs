@@ -10,6 +10,7 @@ use ggml_squeeze::config::{Config, ModeSetting};
 use ggml_squeeze::index::Index;
 
 use crate::llama::{Context, Model, ModelArgs};
+use crate::progress::Phase;
 
 /// How attention is computed for a measurement.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -94,11 +95,18 @@ pub struct Session<'m> {
 }
 
 impl<'m> Session<'m> {
-    /// Restores `state` into a context with room for `slack` more tokens, with the index loaded and nothing sparse yet.
+    /// Restores `state` into a context with room for `slack` more tokens, or computes the prefix where there is none; with the
+    /// index loaded and nothing sparse yet.
     ///
     /// # Errors
     /// A file cannot be used, or index and state are of different prefixes.
-    pub fn open(model: &'m Model, args: &ModelArgs, index: &Path, state: &Path, slack: usize) -> Result<Session<'m>> {
+    pub fn open(
+        model: &'m Model,
+        args: &ModelArgs,
+        index: &Path,
+        state: Option<&Path>,
+        slack: usize,
+    ) -> Result<Session<'m>> {
         let index = Index::open(index).with_context(|| format!("cannot use the index {}", index.display()))?;
         let tokens = index.meta().tokens.clone();
         let config = Config { disable: true, min_prefix: 0, ..Config::default() };
@@ -107,17 +115,29 @@ impl<'m> Session<'m> {
         }
         backend::set_indexes(vec![Arc::new(index)]);
         let mut context = Context::new(model, args, tokens.len() + slack, None)?;
-        let restored = context.load_state(state)?;
-        ensure!(
-            restored == tokens,
-            "{} holds another prefix ({} tokens) than the index ({}): make both in one run of sqz build --state-file",
-            state.display(),
-            restored.len(),
-            tokens.len()
-        );
+        if let Some(state) = state {
+            let restored = context.load_state(state).with_context(|| {
+                let types = args.cache_types();
+                format!("no {types} cache can be restored; without --state-file the prefix is computed in one")
+            })?;
+            ensure!(
+                restored == tokens,
+                "{} holds another prefix ({} tokens) than the index ({}): make both in one run of sqz build --state-file",
+                state.display(),
+                restored.len(),
+                tokens.len()
+            );
+        } else {
+            eprintln!("no --state-file: the prefix is computed in a {} cache", args.cache_types());
+        }
         let present = context.n_past();
         if present < tokens.len() {
-            context.prefill(&tokens[present..], |_| {})?;
+            let n_ubatch = context.n_ubatch();
+            let phase = state.is_none().then(|| Phase::new("prefill", tokens.len().div_ceil(n_ubatch)));
+            context.prefill(&tokens[present..], |n| {
+                phase.iter().for_each(|p| p.step(n.div_ceil(n_ubatch)));
+            })?;
+            phase.map(Phase::end);
         }
         Ok(Session { context, n_prefix: tokens.len(), tokens })
     }

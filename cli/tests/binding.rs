@@ -5,6 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
+use ggml_squeeze::attention::Element;
 use ggml_squeeze::backend;
 use ggml_squeeze::capi::SqzStats;
 use ggml_squeeze::config::Config;
@@ -22,6 +23,8 @@ fn args(ubatch_size: u32) -> ModelArgs {
         ubatch_size,
         threads: Some(2),
         flash_attn: Flash::On,
+        cache_type_k: Element::F16,
+        cache_type_v: Element::F16,
         rope: RopeArgs::default(),
         swa_full: false,
     }

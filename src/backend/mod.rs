@@ -12,5 +12,6 @@ mod status;
 mod tensor;
 
 pub use plugin::{register, registry};
+pub use rows::{is_quantised, Row};
 pub use runtime::{configure, reset_stats, set_indexes, stats};
 pub use stats::Stats;

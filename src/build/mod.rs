@@ -18,11 +18,16 @@ use rayon::prelude::*;
 
 pub use calibrate::{calibrate, window_scores, LayerScores, BUDGETS};
 pub use error::BuildError;
-pub use sketch::{probe, probe_tokens, sketch, sketch_margin, SketchMargin};
+pub use sketch::{cache_blocks, probe, probe_tokens, sketch, sketch_margin, SketchMargin};
 
 use crate::index::{LayerParts, LayerShape};
 use crate::random::split_mix;
 use summary::{HeadParts, Rows};
+
+/// Number of what this code makes of a capture: part of the key under which an index is cached. Raise it with every change
+/// that gives other bytes for the same text and model, one in the program that captures included; the hash that
+/// `tests::the_bytes_of_this_version` pins tells when.
+pub const BUILD_VERSION: u32 = 1;
 
 /// How to build.
 #[derive(Clone, Debug, PartialEq)]

@@ -65,7 +65,8 @@ pub fn sketch(capture: &LayerCapture) -> Result<SketchParts, BuildError> {
 
 /// Sizes of the Hadamard blocks in which llama.cpp turns K and V of these head sizes before it quantises them (`n_rot_k` and
 /// `n_rot_v` in llama-kv-cache.cpp): for heads of whole 64s, the largest power of two that divides the head for K, and 64 for V.
-fn cache_blocks(head_dim_k: u32, head_dim_v: u32) -> (u32, u32) {
+/// 0: it turns none.
+pub fn cache_blocks(head_dim_k: u32, head_dim_v: u32) -> (u32, u32) {
     let turned = |dim: u32| dim > 0 && dim.is_multiple_of(64);
     let k = if turned(head_dim_k) { 1 << head_dim_k.trailing_zeros() } else { 0 };
     (k, if turned(head_dim_v) { 64 } else { 0 })

@@ -150,3 +150,46 @@ fn unusable_settings_are_refused() {
         assert!(error.to_string().contains(name), "{error}");
     }
 }
+
+/// Every part of an index that this code makes, of a capture made up here, as a file without calibration.
+fn made_up_index() -> (Vec<u8>, Vec<crate::index::Calibration>) {
+    let (n_prefix, n_head_kv, n_group, dim) = (120, 2, 2, 64);
+    let mut parts = crate::index::sample::sample_parts(1, n_prefix, 1, 2, dim, dim, 4);
+    let settings = settings(parts.meta.n_sink, parts.meta.n_window);
+    let half = |n: usize, seed| gaussian(n, seed).into_iter().map(f16::from_f32).collect();
+    let row = n_head_kv * dim;
+    let capture = |layer: u32| LayerCapture {
+        layer,
+        n_head_kv: n_head_kv as u32,
+        n_group: n_group as u32,
+        head_dim_k: dim as u32,
+        head_dim_v: dim as u32,
+        scale: 0.125,
+        k: half(n_prefix * row, u64::from(layer)),
+        v: half(n_prefix * row, u64::from(layer) + 10),
+        q: gaussian(settings.n_window as usize * row * n_group, u64::from(layer) + 20),
+    };
+    let made = [0, 1].map(|layer| index_layer(&capture(layer), &settings, &|_| ()).unwrap());
+    let (layers, scores): (Vec<LayerParts>, Vec<LayerScores>) = made.into_iter().unzip();
+    parts.layers = layers;
+    parts.meta.dense_layers.clear();
+    parts.meta.calibration.clear();
+    parts.sketch = sketch(&capture(0)).unwrap();
+    parts.probes = vec![probe(&capture(1), &probe_tokens(n_prefix, &settings))];
+    (crate::index::to_bytes(&parts).unwrap(), calibrate(&scores, &BUDGETS))
+}
+
+/// Fails when the builder makes something else than it did: raise `BUILD_VERSION` then, so that `sqz run` builds its cached
+/// indexes again, and pin what is made now. Thresholds are compared but for the rounding of matrix products, which differs
+/// between machines.
+#[test]
+fn the_bytes_of_this_version() {
+    use sha2::{Digest, Sha256};
+    let (bytes, calibration) = made_up_index();
+    let hash: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
+    let row = calibration.iter().find(|row| row.budget == 0.2).unwrap();
+    let version = (crate::index::FORMAT_VERSION, BUILD_VERSION, hash.as_str());
+    let close = |a: f32, b: f32| (a / b - 1.0).abs() < 1e-3;
+    assert_eq!(version, (2, 1, ""), "threshold {} kept {} mass {}", row.threshold, row.kept, row.mass);
+    assert!(close(row.threshold, 1.0) && close(row.kept, 1.0) && close(row.mass, 1.0), "{row:?}");
+}

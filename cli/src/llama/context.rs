@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use anyhow::{bail, ensure, Context as _, Result};
 use llama_cpp_sys_2 as sys;
 
-use super::{c_path, cause, Flash, Model, ModelArgs};
+use super::{c_path, cause, type_number, Flash, Model, ModelArgs};
 use crate::capture::Capture;
 
 /// llama.h's LLAMA_FILE_MAGIC_GGSN and _GGSQ: a whole state, and that of one sequence.
@@ -81,6 +81,8 @@ impl<'m> Context<'m> {
                 Flash::Auto => sys::LLAMA_FLASH_ATTN_TYPE_AUTO,
                 Flash::Off => sys::LLAMA_FLASH_ATTN_TYPE_DISABLED,
             };
+            p.type_k = type_number(args.cache_type_k);
+            p.type_v = type_number(args.cache_type_v);
             args.rope.apply(&mut p);
             p.swa_full = swa_full;
             p.no_perf = true;
@@ -255,7 +257,7 @@ impl<'m> Context<'m> {
                 _ => bail!("{} is not a state file of llama.cpp: make one with sqz build --state-file", path.display()),
             }
         };
-        ensure!(ok, "cannot restore the state {} (another model or -fa setting?){}", path.display(), cause());
+        ensure!(ok, "cannot restore the state {} (another model, -fa setting or cache type?){}", path.display(), cause());
         tokens.truncate(n);
         Ok(tokens)
     }

@@ -7,8 +7,9 @@ use std::str::FromStr;
 
 use anyhow::{anyhow, bail, ensure, Context as _, Result};
 use clap::ValueEnum as _;
+use ggml_squeeze::attention::Element;
 
-use crate::llama::{RopeArgs, RopeScaling};
+use crate::llama::{cache_type, RopeArgs, RopeScaling};
 
 /// Which program it is, by its file name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +52,7 @@ pub const TYPE_V: Opt = opt(&["-ctv", "--cache-type-v"], "LLAMA_ARG_CACHE_TYPE_V
 pub const PROMPT: Opt = opt(&["-p", "--prompt"], "");
 pub const FILE: Opt = opt(&["-f", "--file"], "");
 pub const BINARY_FILE: Opt = opt(&["-bf", "--binary-file"], "");
+pub const SERVER_BASE: Opt = opt(&["--server-base"], "");
 pub const SYSTEM: Opt = opt(&["-sys", "--system-prompt"], "");
 pub const SYSTEM_FILE: Opt = opt(&["-sysf", "--system-prompt-file"], "");
 pub const PROMPT_CACHE: Opt = opt(&["--prompt-cache"], "");
@@ -93,6 +95,7 @@ const VALUED: &[&Opt] = &[
     &SYSTEM,
     &SYSTEM_FILE,
     &PROMPT_CACHE,
+    &SERVER_BASE,
     &TEMPLATE,
     &TEMPLATE_FILE,
     &HOST,
@@ -265,15 +268,19 @@ impl Child {
         Ok(())
     }
 
+    /// Types of the K and V cache: index and state are made with the same ones. `Err`: why the plugin has none like it.
+    pub fn cache_types(&self) -> Result<[Element; 2], String> {
+        let of = |option: &Opt| match self.text(option) {
+            Some(name) => cache_type(&name).map_err(|why| format!("{} {name}: {why}", option.names[0])),
+            None => Ok(Element::F16),
+        };
+        Ok([of(&TYPE_K)?, of(&TYPE_V)?])
+    }
+
     /// Why a saved state of the model cannot be the state of this program.
     pub fn no_state(&self) -> Option<String> {
-        for option in [&TYPE_K, &TYPE_V] {
-            match self.text(option) {
-                Some(t) if t != "f16" => {
-                    return Some(format!("{} {t}: index and state are made for f16 caches", option.names[0]))
-                }
-                _ => {}
-            }
+        if let Err(why) = self.cache_types() {
+            return Some(why);
         }
         let adapter = self.options().map(|(_, o)| o).find(|o| ADAPTERS.names.contains(&o.as_str()))?;
         Some(format!("{adapter} changes the model's keys and values"))
@@ -354,8 +361,9 @@ mod tests {
         assert_eq!((rope.rope_scaling, rope.freq_scale()), (Some(RopeScaling::Yarn), Some(0.25)));
         assert_eq!(rope.yarn_ext_factor, Some(-1.0));
         assert!(child("llama-server --rope-scaling odd").rope().is_err());
-        assert_eq!(child("llama-server -ctk f16").no_state(), None);
-        assert!(child("llama-server -ctv q8_0").no_state().unwrap().contains("-ctv q8_0"));
+        let c = child("llama-server -ctk f16 --cache_type_v q8_0");
+        assert_eq!((c.no_state(), c.cache_types()), (None, Ok([Element::F16, Element::Q8_0])));
+        assert!(child("llama-server -ctv q5_1").no_state().unwrap().starts_with("-ctv q5_1: no cache type"));
         assert!(child("llama-server --lora x").no_state().unwrap().contains("--lora"));
     }
 }

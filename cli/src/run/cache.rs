@@ -13,6 +13,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::{ensure, Context as _, Result};
+use ggml_squeeze::build::BUILD_VERSION;
 use ggml_squeeze::index::{Index, FORMAT_VERSION};
 use rustix::fs::{flock, FlockOperation};
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,7 @@ impl Key {
         let mut key = Key(Sha256::new());
         key.add("format", FORMAT_VERSION.to_le_bytes());
         key.add("sqz", env!("CARGO_PKG_VERSION"));
+        key.add("builder", BUILD_VERSION.to_le_bytes());
         key
     }
 

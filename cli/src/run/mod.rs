@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{bail, ensure, Context as _, Result};
+use ggml_squeeze::attention::Element;
 use ggml_squeeze::config::{Config, DEFAULT_MIN_PREFIX};
 
 use crate::build_cmd::{self, BuildArgs, ClusterArgs};
@@ -152,11 +153,14 @@ fn key(build: &BuildArgs, text: &str) -> Result<Key> {
     key.add("clusters", settings.cluster_share.to_le_bytes());
     key.add("rope", format!("{:?}", model.rope));
     key.add("swa_full", [u8::from(model.swa_full)]);
+    key.add("cache", model.cache_types());
     Ok(key)
 }
 
 /// What `sqz build` would be told for this program.
 fn build_args(args: &RunArgs, child: &Child, chat: Chat) -> Result<BuildArgs> {
+    // with a type that the plugin does not know all is dense, whatever the index (`no_state` says so)
+    let [cache_type_k, cache_type_v] = child.cache_types().unwrap_or([Element::F16; 2]);
     Ok(BuildArgs {
         model: ModelArgs {
             model: args.model.clone(),
@@ -165,6 +169,8 @@ fn build_args(args: &RunArgs, child: &Child, chat: Chat) -> Result<BuildArgs> {
             ubatch_size: child.number(&args::UBATCH)?.filter(|&n| n > 0).unwrap_or(512),
             threads: child.number::<i64>(&args::THREADS)?.and_then(|n| u32::try_from(n).ok()).filter(|&n| n > 0),
             flash_attn: Flash::Auto,
+            cache_type_k,
+            cache_type_v,
             rope: child.rope()?,
             swa_full: child.swa_full(),
         },
@@ -182,6 +188,10 @@ fn state_for(child: &mut Child) -> Result<Option<State>> {
     let state = match child.kind {
         Kind::Server => State::Slot,
         Kind::Completion if child.raw(&args::PROMPT_CACHE).is_none() => State::PromptCache,
+        Kind::Cli => {
+            eprintln!("note: llama-cli cannot restore a saved prefix: its first answer computes it, once per start");
+            return Ok(None);
+        }
         _ => return Ok(None),
     };
     if let Some(why) = child.no_state() {
@@ -235,6 +245,7 @@ pub fn run(args: &RunArgs, verbose: bool) -> Result<u8> {
     if child.text(&args::FLASH).is_some_and(|v| ["off", "0", "false", "disabled"].contains(&v.as_str())) {
         bail!("without flash attention (-fa off) the index cannot be used: leave -fa out");
     }
+    prompt::check(&child, chat)?;
     let template =
         [&args::TEMPLATE, &args::TEMPLATE_FILE].iter().any(|o| child.raw(o).is_some()) || child.has(&["--no-jinja"]);
     if chat != Chat::Raw && template {

@@ -8,6 +8,32 @@ use super::args::{self, Child, Kind};
 use crate::build_cmd::read_text;
 use crate::tokens::Chat;
 
+/// What excludes a prefix, found before anything is built.
+///
+/// # Errors
+/// llama-cli is to do what it cannot do with one.
+pub fn check(child: &Child, chat: Chat) -> Result<()> {
+    if child.kind != Kind::Cli {
+        return Ok(());
+    }
+    ensure!(
+        child.raw(&args::SERVER_BASE).is_none(),
+        "with --server-base the answers come from another process, which has neither plugin nor index: start that \
+         llama-server with sqz run, and llama-cli by itself with the text as -sysf"
+    );
+    ensure!(
+        chat != Chat::Raw,
+        "llama-cli puts every prompt into the chat template, where --chat raw does not fit: leave --chat out, or run \
+         llama-completion"
+    );
+    ensure!(
+        chat != Chat::User || child.raw(&args::PROMPT).is_some() || child.raw(&args::FILE).is_some(),
+        "with --chat user the text and the question are one message: give llama-cli the question with -p or -f, or leave \
+         --chat out and ask as often as you like"
+    );
+    Ok(())
+}
+
 /// Turns the question that the user gives (`-p` or `-f`) into text and question, in files of `folder`.
 ///
 /// # Errors
@@ -24,7 +50,7 @@ pub fn put(child: &mut Child, text: &str, chat: Chat, folder: &Path) -> Result<(
             }
             put_prompt(child, text, folder)
         }
-        (Kind::Completion, Chat::User) => put_prompt(child, text, folder),
+        (Kind::Completion | Kind::Cli, Chat::User) => put_prompt(child, text, folder),
         (Kind::Completion | Kind::Cli, Chat::System) => {
             ensure!(
                 child.raw(&args::SYSTEM).is_none() && child.raw(&args::SYSTEM_FILE).is_none(),
@@ -107,9 +133,27 @@ mod tests {
 
     #[test]
     fn other_programs_stay_as_they_are() {
-        for (line, chat) in [("llama-server", Chat::System), ("llama-cli -p x", Chat::Raw), ("./x -p y", Chat::User)] {
+        for (line, chat) in [("llama-server", Chat::System), ("./x -p y", Chat::User)] {
             let (child, _) = case(line, chat).unwrap();
             assert_eq!(child.args.len(), line.split(' ').count() - 1);
+        }
+    }
+
+    #[test]
+    fn llama_cli_takes_what_fits_its_chat_template() {
+        let (child, folder) = case("llama-cli -p Why?", Chat::User).unwrap();
+        assert_eq!(file(&folder, "prompt.txt"), "a\\\\n text\nWhy?\n");
+        assert_eq!(child.args[..1], ["-f"]);
+        for (line, chat, fits) in [
+            ("llama-cli", Chat::System, true),
+            ("llama-cli -f x", Chat::User, true),
+            ("llama-cli", Chat::User, false),
+            ("llama-cli -p x", Chat::Raw, false),
+            ("llama-cli --server-base http://x", Chat::System, false),
+            ("llama-completion", Chat::Raw, true),
+        ] {
+            let words: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            assert_eq!(check(&Child::new(&words).unwrap(), chat).is_ok(), fits, "{line}");
         }
     }
 
