@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{bail, ensure, Context as _, Result};
 use ggml_squeeze::build::{self, LayerCapture, Settings, SketchMargin};
 use ggml_squeeze::config::DEFAULT_MIN_PREFIX;
-use ggml_squeeze::index::{self, BuildSettings, IndexMeta, IndexParts, ModelId, Rope, SketchParts, SKETCH_TOLERANCE};
+use ggml_squeeze::index::{self, BuildSettings, IndexMeta, IndexParts, ModelId, Rope, SketchParts};
 
 use crate::capture::{Capture, DenseLayers};
 use crate::fingerprint;
@@ -210,7 +210,7 @@ fn cluster(capture: &Capture, settings: &Settings, parts: &mut IndexParts) -> Re
             .with_context(|| format!("cannot index layer {number}"))?;
         if parts.layers.is_empty() {
             parts.sketch = build::sketch(&layer).with_context(|| format!("cannot sketch layer {number}"))?;
-            check_margin(&parts.sketch, &parts.meta.tokens)?;
+            parts.sketch.tolerance = tolerance(&parts.sketch, &parts.meta.tokens)?;
         } else if probe_layers.contains(&number) {
             parts.probes.push(build::probe(&layer, &probe_tokens));
         }
@@ -230,21 +230,21 @@ fn cluster(capture: &Capture, settings: &Settings, parts: &mut IndexParts) -> Re
 }
 
 /// An index is safe only where the sketch tells every two tokens and positions of the prefix apart.
-fn check_margin(sketch: &SketchParts, tokens: &[i32]) -> Result<()> {
-    let SketchMargin { nearest_token, nearest_position } = build::sketch_margin(sketch, tokens);
-    let least = 2.0 * SKETCH_TOLERANCE;
-    ensure!(
-        nearest_token >= least && nearest_position >= least,
-        "layer {} cannot tell all tokens and positions of this text apart (nearest {nearest_token:.3} and \
-         {nearest_position:.3} of a row's norm, {least} is needed), so an index could be used on another text: attention \
-         stays dense for this model and text",
-        sketch.layer
-    );
+fn tolerance(sketch: &SketchParts, tokens: &[i32]) -> Result<f32> {
+    let margin = build::sketch_margin(sketch, tokens);
+    let (SketchMargin { nearest_token, nearest_position }, layer) = (margin, sketch.layer);
+    let tolerance = margin.tolerance(layer).with_context(|| {
+        format!(
+            "layer {layer} cannot tell all tokens and positions of this text apart (nearest {nearest_token:.3} and \
+             {nearest_position:.3} of a row's norm), so an index could be used on another text: attention stays dense for \
+             this model and text"
+        )
+    })?;
     eprintln!(
-        "sketch of layer {}: tokens at least {nearest_token:.3} apart, positions {nearest_position:.3}",
-        sketch.layer
+        "sketch of layer {layer}: tokens at least {nearest_token:.3} apart, positions {nearest_position:.3}; rows may be \
+         {tolerance:.3} off"
     );
-    Ok(())
+    Ok(tolerance)
 }
 
 fn meta(model: &Model, args: &BuildArgs, settings: &Settings, tokens: Vec<i32>) -> Result<IndexMeta> {
@@ -271,6 +271,7 @@ fn meta(model: &Model, args: &BuildArgs, settings: &Settings, tokens: Vec<i32>) 
             iterations: settings.iterations,
             cluster_share: settings.cluster_share,
             chat: args.chat.name().to_string(),
+            cache_types: [args.model.cache_type_k, args.model.cache_type_v].map(|e| e.name().to_string()),
             builder: format!("sqz {}", env!("CARGO_PKG_VERSION")),
         },
         calibration: Vec::new(),

@@ -77,6 +77,7 @@ struct Build {
     iterations: u32,
     cluster_share: f32,
     chat: String,
+    cache_types: [String; 2],
 }
 
 #[derive(Serialize)]
@@ -84,6 +85,7 @@ struct Sketch {
     layer: u32,
     k_elements: usize,
     v_elements: usize,
+    tolerance: f32,
 }
 
 #[derive(Serialize)]
@@ -170,8 +172,14 @@ fn report(index: &Index) -> Report {
             iterations: meta.build.iterations,
             cluster_share: meta.build.cluster_share,
             chat: meta.build.chat.clone(),
+            cache_types: meta.build.cache_types.clone(),
         },
-        sketch: Sketch { layer: sketch.layer, k_elements: sketch.k_dims.len(), v_elements: sketch.v_dims.len() },
+        sketch: Sketch {
+            layer: sketch.layer,
+            k_elements: sketch.k_dims.len(),
+            v_elements: sketch.v_dims.len(),
+            tolerance: sketch.tolerance,
+        },
         probes: index.probes().iter().map(|p| Probe { layer: p.layer, tokens: p.tokens.to_vec() }).collect(),
         calibration: meta
             .calibration
@@ -244,18 +252,26 @@ pub fn render(index: &Index) -> String {
     line("rope", format!("type {}, base {}, scale {}", rope.r#type, rope.freq_base, rope.freq_scale));
     let Prefix { tokens, sinks, clustered, window } = report.prefix;
     line("prefix", format!("{tokens} tokens: {sinks} sinks, {clustered} clustered, {window} window"));
-    let Build { builder, seed, iterations, cluster_share, chat } = &report.build;
+    let Build { builder, seed, iterations, cluster_share, chat, cache_types: [k_type, v_type] } = &report.build;
     line(
         "build",
         format!(
-            "{}, seed {seed}, {iterations} iterations, clusters {} of the keys, chat {}",
+            "{}, seed {seed}, {iterations} iterations, clusters {} of the keys, chat {}, cache {}/{}",
             clean(builder),
             percent(*cluster_share),
-            clean(chat)
+            clean(chat),
+            clean(k_type),
+            clean(v_type)
         ),
     );
-    let Sketch { layer, k_elements, v_elements } = report.sketch;
-    line("sketch", format!("layer {layer}, {k_elements} elements of K and {v_elements} of V per token"));
+    let Sketch { layer, k_elements, v_elements, tolerance } = report.sketch;
+    line(
+        "sketch",
+        format!(
+            "layer {layer}, {k_elements} elements of K and {v_elements} of V per token, within {}",
+            percent(tolerance)
+        ),
+    );
     let probes: Vec<String> =
         report.probes.iter().map(|p| format!("{} rows of layer {}", p.tokens.len(), p.layer)).collect();
     line("probes", if probes.is_empty() { "none".into() } else { probes.join(", ") });
@@ -367,7 +383,8 @@ mod tests {
             "model       Sample (llama), 3 layers\n",
             "rope        type 2, base 10000, scale 1\n",
             "prefix      200 tokens: 16 sinks, 159 clustered, 25 window\n",
-            "sketch      layer 0, 8 elements of K and 6 of V per token\n",
+            "chat raw, cache f16/f16\n",
+            "sketch      layer 0, 8 elements of K and 6 of V per token, within 3.0 %\n",
             "probes      4 rows of layer 1\n",
             "| 20.0 % | 5.000e-4 | 20.0 % | 44.7 % |",
             "total: 2 layers, 20 clusters, ",

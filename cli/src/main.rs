@@ -99,7 +99,8 @@ mod tests {
 
     #[test]
     fn llama_cpp_short_options_are_understood() {
-        let given = ["sqz", "build", "-m", "m", "-f", "t", "-o", "o", "-ub", "64", "-fa", "on", "-t", "3", "-ctk", "q8_0"];
+        let given =
+            ["sqz", "build", "-m", "m", "-f", "t", "-o", "o", "-ub", "64", "-fa", "on", "-t", "3", "-ctk", "q8_0"];
         let parse = |given: &[&str]| Cli::try_parse_from(arguments(given.iter().map(OsString::from)));
         let Command::Build(build) = parse(&given).unwrap().command else { panic!("not build") };
         assert_eq!((build.model.ubatch_size, build.model.threads), (64, Some(3)));

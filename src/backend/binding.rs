@@ -8,7 +8,7 @@ use half::f16;
 use super::rows::{is_quantised, CacheRows, Row};
 use crate::attention::{Element, Rotation};
 use crate::hadamard::rotate;
-use crate::index::{peak_run, Index, PEAK_RUN, SKETCH_TOLERANCE};
+use crate::index::{peak_run, Index, PEAK_RUN};
 
 /// Largest relative distance of the probed rows of a later layer, where batch shapes alone give up to 0.015 and a Q8_0 cache
 /// up to 0.05.
@@ -122,7 +122,7 @@ impl Matcher {
         let sketch = index.sketch();
         let n = index.meta().n_prefix();
         let of = |rows: &[f16], tolerance| limits(rows, (rows.len() / n.max(1)).max(1), n, tolerance);
-        let (k_limit, v_limit) = (of(sketch.k, SKETCH_TOLERANCE), of(sketch.v, SKETCH_TOLERANCE));
+        let (k_limit, v_limit) = (of(sketch.k, sketch.tolerance), of(sketch.v, sketch.tolerance));
         let (k_peak_limit, v_peak_limit) = (of(sketch.k_peaks, PEAK_TOLERANCE), of(sketch.v_peaks, PEAK_TOLERANCE));
         let by_element = Order::new(sketch.k, sketch.k_dims.len(), &k_limit);
         let by_peak = Order::new(sketch.k_peaks, sketch.k_peaks.len() / n.max(1), &k_peak_limit);

@@ -7,11 +7,16 @@ use half::prelude::*;
 
 use super::{BuildError, LayerCapture, Settings};
 use crate::hadamard::rotate;
-use crate::index::{peak_run, ProbeParts, SketchParts, PEAK_RUN};
+use crate::index::{peak_run, ProbeParts, SketchParts, PEAK_RUN, SKETCH_TOLERANCE};
 use crate::random::split_mix;
 
-/// Elements kept of a K row and of a V row: 16 bytes each.
+/// Elements kept of a K row and of a V row in layer 0.
 const DIMS: usize = 16;
+/// The same in a later layer, where a row depends on the text before it and is told from others less well.
+const DIMS_LATER: usize = 64;
+/// Largest tolerance in a later layer. Batch shapes were seen to change a row of Gemma-3's layer 5 by 0.08, another token its
+/// own row by 0.3 at least (docs/binding.md).
+const MOST_TOLERANCE: f32 = 0.12;
 /// Peaks kept of a K row and of a V row, at most.
 const PEAKS: usize = 8;
 /// Pairs of rows that the choice of elements is based on.
@@ -30,11 +35,29 @@ const PROBES: usize = 4;
 pub struct SketchMargin {
     /// Smallest distance between V parts of different tokens.
     pub nearest_token: f32,
-    /// Smallest distance between K parts of one token at two positions.
+    /// Smallest distance between one token at two positions, the larger one of those of its K and V parts.
     pub nearest_position: f32,
 }
 
-/// Chooses 16 elements of the K row and 16 of the V row (all, if a row has fewer) and stores them for every token.
+impl SketchMargin {
+    /// How far a row may be from its sketch in this layer; `None` where tokens or positions are too near to each other.
+    ///
+    /// In layer 0 a row is its token's and position's alone, and rounding small. A later one carries the rounding of the
+    /// layers below, more than that of a cache: there as much is allowed as the margin bears. A text with another token has
+    /// another V row in that place, half the distance of two tokens is safe; two positions of one token must be told apart
+    /// too, but nothing hangs on a single pair of them.
+    pub fn tolerance(&self, layer: u32) -> Option<f32> {
+        if layer == 0 {
+            return (self.nearest_token.min(self.nearest_position) >= 2.0 * SKETCH_TOLERANCE)
+                .then_some(SKETCH_TOLERANCE);
+        }
+        let bears = (self.nearest_token / 2.0).min(self.nearest_position).min(MOST_TOLERANCE);
+        (bears >= SKETCH_TOLERANCE).then_some(bears)
+    }
+}
+
+/// Chooses 16 elements of the K row and 16 of the V row, 64 in a later layer than 0 (all, if a row has fewer), and stores them
+/// for every token. The tolerance is that of layer 0 until a margin gives another one.
 ///
 /// The elements are those that best separate the hardest of many pairs of rows: for V, pairs of different rows; for K,
 /// the same token (an equal V row, which in layer 0 is the same token) at different positions, near ones first.
@@ -53,14 +76,16 @@ pub fn sketch(capture: &LayerCapture) -> Result<SketchParts, BuildError> {
     if near.len() < FEW_PAIRS {
         near.extend(lagged_pairs(n));
     }
-    let k_dims = separating_dims(&capture.k, row_k, &near);
-    let v_dims = separating_dims(&capture.v, row_v, &token_pairs(&groups));
+    let n_dim = if capture.layer == 0 { DIMS } else { DIMS_LATER };
+    let k_dims = separating_dims(&capture.k, row_k, &near, n_dim);
+    let v_dims = separating_dims(&capture.v, row_v, &token_pairs(&groups), n_dim);
     let k = take(&capture.k, row_k, &k_dims);
     let v = take(&capture.v, row_v, &v_dims);
     let (k_block, v_block) = cache_blocks(capture.head_dim_k, capture.head_dim_v);
     let k_peaks = peaks(&capture.k, row_k, k_block as usize);
     let v_peaks = peaks(&capture.v, row_v, v_block as usize);
-    Ok(SketchParts { layer: capture.layer, k_dims, v_dims, k, v, k_block, v_block, k_peaks, v_peaks })
+    let (layer, tolerance) = (capture.layer, SKETCH_TOLERANCE);
+    Ok(SketchParts { layer, tolerance, k_dims, v_dims, k, v, k_block, v_block, k_peaks, v_peaks })
 }
 
 /// Sizes of the Hadamard blocks in which llama.cpp turns K and V of these head sizes before it quantises them (`n_rot_k` and
@@ -171,9 +196,9 @@ fn token_pairs(groups: &[Vec<u32>]) -> Vec<(u32, u32)> {
         .collect()
 }
 
-/// Up to `DIMS` elements of a row, ascending, chosen one by one so that the pairs that are still close part most: each
+/// Up to `n_dim` elements of a row, ascending, chosen one by one so that the pairs that are still close part most: each
 /// minimises the sum of `1 / (squared relative distance + small)^2` over the pairs.
-fn separating_dims(data: &[f16], row: usize, pairs: &[(u32, u32)]) -> Vec<u32> {
+fn separating_dims(data: &[f16], row: usize, pairs: &[(u32, u32)], n_dim: usize) -> Vec<u32> {
     let at = |p: u32, d: usize| data[p as usize * row + d].to_f32();
     // [dimension][pair], so that the inner loop runs over pairs.
     let n = pairs.len();
@@ -188,7 +213,7 @@ fn separating_dims(data: &[f16], row: usize, pairs: &[(u32, u32)]) -> Vec<u32> {
     let small = 0.1 / row as f32;
     let mut distance = vec![small; n];
     let mut chosen: Vec<usize> = Vec::new();
-    while chosen.len() < DIMS.min(row) {
+    while chosen.len() < n_dim.min(row) {
         let cost = |d: usize| -> f64 {
             distance
                 .iter()
@@ -220,15 +245,17 @@ pub fn sketch_margin(sketch: &SketchParts, tokens: &[i32]) -> SketchMargin {
         (tokens[a as usize], v.row(a)).partial_cmp(&(tokens[b as usize], v.row(b))).unwrap_or(std::cmp::Ordering::Equal)
     });
     seen.dedup_by(|a, b| tokens[*a as usize] == tokens[*b as usize] && v.row(*a) == v.row(*b));
-    let nearest_token = v.nearest(seen, |a, b| tokens[a as usize] != tokens[b as usize]);
+    let nearest_token = v.nearest(seen, |a, b| tokens[a as usize] != tokens[b as usize], |_, _| 0.0);
 
     let k = Table::new(&sketch.k, sketch.k_dims.len());
     let mut positions: HashMap<i32, Vec<u32>> = HashMap::new();
     for (p, &t) in tokens.iter().enumerate() {
         positions.entry(t).or_default().push(p as u32);
     }
-    let nearest_position =
-        positions.into_values().map(|group| k.nearest(group, |_, _| true)).fold(f32::INFINITY, f32::min);
+    let nearest_position = positions
+        .into_values()
+        .map(|group| k.nearest(group, |_, _| true, |a, b| v.distance(a, b)))
+        .fold(f32::INFINITY, f32::min);
     SketchMargin { nearest_token, nearest_position }
 }
 
@@ -253,8 +280,8 @@ impl Table {
         &self.data[p as usize * self.width..][..self.width]
     }
 
-    /// Smallest relative distance between two of `rows` for which `counts` holds.
-    fn nearest(&self, mut rows: Vec<u32>, counts: impl Fn(u32, u32) -> bool) -> f32 {
+    /// Smallest relative distance between two of `rows` for which `counts` holds; `other` is the least that it is.
+    fn nearest(&self, mut rows: Vec<u32>, counts: impl Fn(u32, u32) -> bool, other: impl Fn(u32, u32) -> f32) -> f32 {
         if rows.len() > MARGIN_ROWS {
             rows = rows.iter().copied().step_by(rows.len().div_ceil(MARGIN_ROWS)).collect();
         }
@@ -276,7 +303,7 @@ impl Table {
                     break;
                 }
                 if counts(a, b) {
-                    nearest = nearest.min(self.distance(a, b));
+                    nearest = nearest.min(self.distance(a, b).max(other(a, b)));
                 }
             }
         }

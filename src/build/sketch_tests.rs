@@ -118,7 +118,7 @@ fn peaks_are_the_largest_elements_after_the_transform() {
 
 #[test]
 fn elements_that_never_change_are_not_chosen() {
-    let mut c = capture(200, 1, 1, 1, 3);
+    let mut c = LayerCapture { layer: 0, ..capture(200, 1, 1, 1, 3) };
     for p in 0..200 {
         c.k[p * 24..p * 24 + 8].fill(f16::from_f32(30.0));
         c.v[p * 20..p * 20 + 4].fill(f16::from_f32(30.0));
@@ -161,6 +161,27 @@ fn margins_are_the_smallest_distances() {
         }
     }
     assert_eq!((margin.nearest_token, margin.nearest_position), (token, position));
+}
+
+#[test]
+fn a_position_is_told_by_value_too_where_values_depend_on_it() {
+    // one token, keys that never change: only V parts the positions, as it may behind layer 0
+    let mut c = LayerCapture { layer: 5, ..rotary(&[1, 2, 3]) };
+    let row = HEADS * DIM;
+    let first = c.k[..row].to_vec();
+    c.k.chunks_exact_mut(row).for_each(|k| k.copy_from_slice(&first));
+    let s = sketch(&c).unwrap();
+    assert_eq!((s.k_dims.len(), s.v_dims.len()), (DIMS_LATER, DIMS_LATER));
+    assert!(sketch_margin(&s, &[1, 1, 1]).nearest_position > 0.3);
+}
+
+#[test]
+fn a_later_layer_allows_what_its_margin_bears() {
+    let of = |nearest_token, nearest_position, layer| SketchMargin { nearest_token, nearest_position }.tolerance(layer);
+    assert_eq!((of(0.06, 0.06, 0), of(1.0, 1.0, 0)), (Some(SKETCH_TOLERANCE), Some(SKETCH_TOLERANCE)));
+    assert_eq!((of(0.05, 1.0, 0), of(1.0, 0.05, 0)), (None, None));
+    assert_eq!((of(0.2, 0.5, 5), of(0.5, 0.08, 5), of(1.0, 1.0, 5)), (Some(0.1), Some(0.08), Some(MOST_TOLERANCE)));
+    assert_eq!((of(0.05, 1.0, 5), of(1.0, 0.02, 5)), (None, None));
 }
 
 #[test]

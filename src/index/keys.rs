@@ -56,6 +56,9 @@ pub(super) fn put(out: &mut Writer, header: &Header) {
     out.scalar("squeeze.build.iterations", U32, meta.build.iterations.to_le_bytes());
     out.scalar("squeeze.build.cluster_share", F32, meta.build.cluster_share.to_le_bytes());
     out.str("squeeze.build.chat", &meta.build.chat);
+    for (key, name) in CACHE_KEYS.iter().zip(&meta.build.cache_types) {
+        out.str(key, name);
+    }
     out.str("squeeze.build.builder", &meta.build.builder);
 
     let rows = &meta.calibration;
@@ -78,6 +81,7 @@ pub(super) fn put(out: &mut Writer, header: &Header) {
     for (key, get) in SKETCH_KEYS {
         out.scalar(key, U32, get(&mut sketch.clone()).to_le_bytes());
     }
+    out.scalar(TOLERANCE_KEY, F32, sketch.tolerance.to_le_bytes());
     for (key, get) in PROBE_KEYS {
         out.array(key, U32, &probes.iter().map(|probe| *get(&mut probe.clone())).collect::<Vec<_>>());
     }
@@ -98,6 +102,8 @@ const SHAPE_KEYS: [Column<LayerShape>; 7] = [
     ("squeeze.layer.n_cluster", |shape| &mut shape.n_cluster),
     ("squeeze.layer.n_coarse", |shape| &mut shape.n_coarse),
 ];
+const CACHE_KEYS: [&str; 2] = ["squeeze.build.cache_type_k", "squeeze.build.cache_type_v"];
+const TOLERANCE_KEY: &str = "squeeze.sketch.tolerance";
 const SCALE_KEY: &str = "squeeze.layer.scale";
 
 const SKETCH_KEYS: [Column<SketchShape>; 7] = [
@@ -126,7 +132,7 @@ const EMPTY_SHAPE: LayerShape = LayerShape {
     scale: 0.0,
 };
 const EMPTY_SKETCH: SketchShape =
-    SketchShape { layer: 0, n_k: 0, n_v: 0, k_block: 0, v_block: 0, n_k_peak: 0, n_v_peak: 0 };
+    SketchShape { layer: 0, tolerance: 0.0, n_k: 0, n_v: 0, k_block: 0, v_block: 0, n_k_peak: 0, n_v_peak: 0 };
 const EMPTY_PROBE: ProbeShape = ProbeShape { layer: 0, n_token: 0, row: 0 };
 
 /// Most rows of any table (layers, probes, calibration), so that small structs cannot be made many by a hostile file.
@@ -167,6 +173,7 @@ pub(super) fn get(bytes: &[u8], n_kv: u64) -> Result<Header, IndexError> {
         iterations: keys.u32("squeeze.build.iterations")?,
         cluster_share: keys.f32("squeeze.build.cluster_share")?,
         chat: keys.str("squeeze.build.chat")?.to_string(),
+        cache_types: [keys.str(CACHE_KEYS[0])?.to_string(), keys.str(CACHE_KEYS[1])?.to_string()],
         builder: keys.str("squeeze.build.builder")?.to_string(),
     };
     let columns = Columns::get(&mut keys)?;
@@ -179,6 +186,7 @@ pub(super) fn get(bytes: &[u8], n_kv: u64) -> Result<Header, IndexError> {
     for (key, get) in SKETCH_KEYS {
         *get(&mut sketch) = keys.u32(key)?;
     }
+    sketch.tolerance = keys.f32(TOLERANCE_KEY)?;
     let probes = keys.table(&PROBE_KEYS, EMPTY_PROBE)?;
     keys.next(CHECKSUMS_KEY, ARRAY)?;
     keys.next(SEAL_KEY, U64)?;

@@ -7,6 +7,7 @@ use super::types::{IndexMeta, LayerShape};
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SketchShape {
     pub layer: u32,
+    pub tolerance: f32,
     pub n_k: u32,
     pub n_v: u32,
     pub k_block: u32,

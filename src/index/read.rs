@@ -124,6 +124,7 @@ impl Index {
         let t = self.after_layers();
         SketchView {
             layer: self.header.sketch.layer,
+            tolerance: self.header.sketch.tolerance,
             k_dims: self.tensor(t),
             v_dims: self.tensor(t + 1),
             k: self.tensor(t + 2),

@@ -89,6 +89,7 @@ pub fn sample_parts(
             iterations: 10,
             cluster_share: n_cluster as f32 / n as f32,
             chat: "raw".into(),
+            cache_types: ["f16".into(), "f16".into()],
             builder: "sample".into(),
         },
         calibration: calibration.to_vec(),
@@ -138,6 +139,7 @@ pub fn sample_parts(
     let (k_peaks, v_peaks) = (peaks(n_prefix * runs(row_k)), peaks(n_prefix * runs(row_v)));
     let sketch = SketchParts {
         layer: 0,
+        tolerance: SKETCH_TOLERANCE,
         k_block: if dk.is_multiple_of(64) { 64 } else { 0 },
         v_block: if dv.is_multiple_of(64) { 64 } else { 0 },
         k_peaks,

@@ -4,10 +4,11 @@
 use half::f16;
 
 /// Version of the file layout; a reader refuses any other.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 
 /// Largest relative distance (L2, in units of the row's norm, at least a quarter of the usual norm) between a prefix token's
-/// sketch and the cache row that is taken for it. Two tokens or positions of a prefix must be at least twice as far apart.
+/// sketch in layer 0 and the cache row that is taken for it, and the least that is of use in a later layer. Two tokens of a
+/// prefix must be at least twice as far apart.
 pub const SKETCH_TOLERANCE: f32 = 0.03;
 
 /// Elements that one peak of a sketch stands for: ggml's quantised cache types have one scale per so many.
@@ -45,6 +46,8 @@ pub struct BuildSettings {
     pub cluster_share: f32,
     /// `raw`, `system` or `user`.
     pub chat: String,
+    /// Types of the K and V cache that keys and values were captured from, by ggml's names.
+    pub cache_types: [String; 2],
     /// Version of the program that wrote the file.
     pub builder: String,
 }
@@ -144,6 +147,8 @@ pub struct LayerParts {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SketchParts {
     pub layer: u32,
+    /// Largest relative distance of elements that is taken for rounding, in K and in V: above 0, below 1.
+    pub tolerance: f32,
     /// Elements of the whole K row (`n_head_kv * head_dim_k`) that are kept, ascending.
     pub k_dims: Vec<u32>,
     pub v_dims: Vec<u32>,
@@ -264,6 +269,7 @@ impl<'a> LayerView<'a> {
 #[derive(Clone, Copy, Debug)]
 pub struct SketchView<'a> {
     pub layer: u32,
+    pub tolerance: f32,
     pub k_dims: &'a [u32],
     pub v_dims: &'a [u32],
     pub k: &'a [f16],
@@ -287,6 +293,7 @@ impl SketchParts {
     pub fn view(&self) -> SketchView<'_> {
         SketchView {
             layer: self.layer,
+            tolerance: self.tolerance,
             k_dims: &self.k_dims,
             v_dims: &self.v_dims,
             k: &self.k,

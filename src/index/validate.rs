@@ -54,6 +54,8 @@ pub(super) fn header(header: &Header) -> Result<(), IndexError> {
         sketch.n_k,
         sketch.n_v
     );
+    let tolerance = sketch.tolerance;
+    ensure!(tolerance > 0.0 && tolerance < 1.0, "the tolerance of the sketch is {tolerance}, not between 0 and 1");
     check_peaks(shapes, sketch)?;
     ensure!(probes.len() <= MAX_ROWS, "there are {} probes", probes.len());
     ensure!(ascending(probes.iter().map(|p| p.layer)), "layers of probes are not ascending");

@@ -106,6 +106,7 @@ fn header_of(parts: &IndexParts) -> Result<Header, IndexError> {
     let sketch = &parts.sketch;
     let sketch = SketchShape {
         layer: sketch.layer,
+        tolerance: sketch.tolerance,
         n_k: count(sketch.k_dims.len())?,
         n_v: count(sketch.v_dims.len())?,
         k_block: sketch.k_block,

@@ -277,6 +277,7 @@ fn index_parts(spec: &Spec, r: &mut Random, n_cluster: usize, keys: &[f16], valu
             iterations: 1,
             cluster_share: 0.05,
             chat: "raw".into(),
+            cache_types: ["f16".into(), "f16".into()],
             builder: "test".into(),
         },
         calibration: vec![Calibration { budget: 0.2, threshold: 1e-3, kept: 0.2, mass: 0.9, layer_kept: vec![0.2] }],
@@ -288,6 +289,7 @@ fn index_parts(spec: &Spec, r: &mut Random, n_cluster: usize, keys: &[f16], valu
         layers: vec![layer_parts(spec, r, n_cluster, keys, values)],
         sketch: SketchParts {
             layer: LAYER,
+            tolerance: SKETCH_TOLERANCE,
             k_dims: dims.clone(),
             v_dims: dims,
             k: sketch(keys, spec.dk),

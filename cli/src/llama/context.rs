@@ -257,7 +257,12 @@ impl<'m> Context<'m> {
                 _ => bail!("{} is not a state file of llama.cpp: make one with sqz build --state-file", path.display()),
             }
         };
-        ensure!(ok, "cannot restore the state {} (another model, -fa setting or cache type?){}", path.display(), cause());
+        ensure!(
+            ok,
+            "cannot restore the state {} (another model, -fa setting or cache type?){}",
+            path.display(),
+            cause()
+        );
         tokens.truncate(n);
         Ok(tokens)
     }

@@ -28,6 +28,7 @@ pub fn owned(index: &Index) -> IndexParts {
         layers: index.shapes().iter().map(layer).collect(),
         sketch: SketchParts {
             layer: sketch.layer,
+            tolerance: sketch.tolerance,
             k_dims: sketch.k_dims.to_vec(),
             v_dims: sketch.v_dims.to_vec(),
             k: sketch.k.to_vec(),
@@ -46,7 +47,7 @@ type Case = (&'static str, fn(&mut IndexParts));
 
 #[test]
 fn each_broken_rule_is_named() {
-    let cases: [Case; 38] = [
+    let cases: [Case; 40] = [
         ("leave none to cluster", |p| p.meta.n_window = 21),
         ("leave none to cluster", |p| (p.meta.n_sink, p.meta.n_window) = (u32::MAX, u32::MAX)),
         ("token id -1", |p| p.meta.tokens[5] = -1),
@@ -79,6 +80,8 @@ fn each_broken_rule_is_named() {
         ("members", |p| p.layers[1].members[20] = 2),
         ("elements of K", |p| p.sketch.k_dims[0] = 8),
         ("at least 1 of each", |p| p.sketch.v_dims.clear()),
+        ("tolerance", |p| p.sketch.tolerance = 0.0),
+        ("tolerance", |p| p.sketch.tolerance = f32::NAN),
         ("blocks of 3 elements of K", |p| p.sketch.k_block = 3),
         ("blocks of 8 elements of V", |p| p.sketch.v_block = 8),
         ("0 peaks of K", |p| p.sketch.k_peaks.clear()),
