@@ -5,38 +5,18 @@ mod common;
 
 use std::sync::Arc;
 
-use ggml_squeeze::attention::Element;
+use common::context::{sparse_nodes, trials};
 use ggml_squeeze::backend;
 use ggml_squeeze::capi::SqzStats;
 use ggml_squeeze::config::Config;
 use ggml_squeeze::index::sample::sample_parts;
 use ggml_squeeze::index::{to_bytes, Index};
-use sqz::llama::{start, Context, Flash, Model, ModelArgs, Outputs, RopeArgs};
+use sqz::llama::{start, Context, Model, ModelArgs, Outputs};
 
 const QUESTION: &str = "\nWhat is said of the cells?";
 
 fn args(ubatch_size: u32) -> ModelArgs {
-    ModelArgs {
-        model: common::model(),
-        ctx_size: None,
-        batch_size: 512,
-        ubatch_size,
-        threads: Some(2),
-        flash_attn: Flash::On,
-        cache_type_k: Element::F16,
-        cache_type_v: Element::F16,
-        rope: RopeArgs::default(),
-        swa_full: false,
-    }
-}
-
-/// Decodes a question and takes it back; attention nodes that were sparse.
-fn sparse_nodes(context: &mut Context, seq: i32, question: &[i32]) -> u64 {
-    let n_past = context.n_past_in(seq);
-    backend::reset_stats();
-    context.decode_in(seq, question, Outputs::Last).unwrap();
-    context.truncate_in(seq, n_past).unwrap();
-    backend::stats().nodes_sparse
+    common::context::args(&common::model(), ubatch_size)
 }
 
 fn logits(context: &mut Context, tokens: &[i32]) -> Vec<u32> {
@@ -130,7 +110,7 @@ fn true_prefixes_bind_and_others_never() {
     assert_eq!(sparse_nodes(&mut context, 0, &question), n_layer, "bound after the edit is taken back");
 
     // one other token, from the last position to the first: what is before it is still the true prefix
-    let trials = if std::env::var_os("SQZ_THOROUGH").is_some() { 200 } else { 20 };
+    let trials = trials();
     for i in 0..trials {
         let at = (n - 1) - i * (n - 1) / (trials - 1);
         let mut changed = tokens.clone();

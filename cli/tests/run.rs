@@ -171,8 +171,10 @@ fn a_text_is_indexed_once_and_again_when_something_changes() {
     assert_eq!(count(&["--seed", "1"], &["true"]), 2);
     assert_eq!(count(&["--chat", "system"], &["true"]), 3);
     assert_eq!(count(&[], &[idle, "--rope-freq-base", "20000"]), 4);
+    assert_eq!(count(&[], &[idle, "-ctk", "f16"]), 4);
+    assert_eq!(count(&[], &[idle, "-ctk", "bf16"]), 5);
     std::fs::write(place.text(), text(901)).unwrap();
-    assert_eq!(count(&[], &["true"]), 5);
+    assert_eq!(count(&[], &["true"]), 6);
 }
 
 #[test]
@@ -183,13 +185,16 @@ fn mistakes_are_named_before_anything_is_built() {
     let (completion, other) = (completion.to_str().unwrap(), other.to_str().unwrap());
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
-    let cases: [(&[&str], &[&str], &str); 6] = [
+    let cases: [(&[&str], &[&str], &str); 9] = [
         (&[], &[completion, "-m", other], "leave out the one after --"),
         (&[], &[completion, "-fa", "off"], "-fa off"),
         (&["--plugin", "none.so"], &["true"], "none.so"),
         (&["--budget", "2"], &["true"], "share"),
         (&[], &["llama-server", "--port", &port], "in use"),
         (&[], &["llama-server", "--port", "0"], "--port 0"),
+        (&["--chat", "raw"], &["llama-cli", "-p", "x"], "--chat raw does not fit"),
+        (&["--chat", "user"], &["llama-cli"], "-p or -f"),
+        (&[], &["llama-cli", "--server-base", "http://127.0.0.1:1"], "--server-base"),
     ];
     for (options, program, words) in cases {
         let run = place.run(options, program);
@@ -330,6 +335,87 @@ fn a_server_answers_from_restored_slots() {
     assert!(run.status.success() && said.contains("using the index"), "{said}");
     assert!(said.contains("session file matches") && sparse(&said) > 30, "{said}");
     assert_eq!(place.entries().len(), 1);
+}
+
+/// The slots are restored in a quantised cache too, from a state of its own; llama-completion gets its state out of that one.
+#[test]
+fn a_quantised_cache_is_restored_and_sparse() {
+    let place = Place::new();
+    let port = free_port();
+    let (server, number) = (program("llama-server"), port.to_string());
+    let types = ["-ctk", "q8_0", "--cache-type-v", "q8_0"];
+    let args = [server.to_str().unwrap(), "-c", "2048", "-t", "2", "--port", &number, "--api-key", "secret"];
+    let text = std::fs::read_to_string(place.text()).unwrap();
+    let mut run = place.spawn(&[], &[&args[..], &types].concat());
+    run.wait_for(" of 4 slots");
+    for question in ["What is a cell?", "Why does a token match?"] {
+        let timings = chat(port, &text, question);
+        let (cached, new) = (timings["cache_n"].as_u64().unwrap(), timings["prompt_n"].as_u64().unwrap());
+        assert!(cached > 150 && new < 40, "the prefix was evaluated again: {timings}");
+    }
+    // the status file is at most half a second old
+    std::thread::sleep(Duration::from_millis(600));
+    chat(port, &text, "And then?");
+    run.signal(Signal::USR1);
+    run.wait_for("squeeze: bound 1 slot");
+    assert!(sparse(&run.said()) >= 2 * 30, "{}", run.said());
+    run.signal(Signal::TERM);
+    assert_eq!(run.end().code(), Some(0), "{}", run.said());
+
+    let completion = program("llama-completion");
+    let more = ["-p", "What is a cell?", "-n", "8", "--temp", "0", "-t", "2", "-st"];
+    let run = place
+        .run(&["--chat", "system", "--status", "600"], &[&[completion.to_str().unwrap()], &more[..], &types].concat());
+    let said = stderr(&run);
+    assert!(run.status.success() && said.contains("using the index"), "{said}");
+    assert!(said.contains("session file matches") && sparse(&said) > 30, "{said}");
+
+    // f16 and q8_0 are entries of their own; a type that the plugin does not know is named
+    let idle = place.folder.path().join("llama-idle");
+    std::os::unix::fs::symlink("/bin/true", &idle).unwrap();
+    assert!(place.run(&["--chat", "system"], &[idle.to_str().unwrap()]).status.success());
+    assert_eq!(place.entries().len(), 2);
+    let odd = place.run(&[], &["llama-server", "-ctk", "q5_1", "--port", &number]);
+    assert!(stderr(&odd).contains("-ctk q5_1: no cache type that can be indexed"), "{}", stderr(&odd));
+}
+
+/// llama-cli is a chat client with a server in its own process, which takes no saved state: it computes the prefix with its
+/// first answer, and everything behind that graph is sparse.
+#[test]
+fn llama_cli_computes_the_prefix_once_and_is_sparse_behind_it() {
+    let place = Place::new();
+    let cli = program("llama-cli");
+    let args = [cli.to_str().unwrap(), "-c", "1024", "-n", "8", "--temp", "0", "-t", "2"];
+    let once = [&args[..], &["-p", "What is a cell?", "-st"]].concat();
+    for chat in ["system", "user"] {
+        let run = place.run(&["--chat", chat, "--status", "600"], &once);
+        let said = stderr(&run);
+        assert!(run.status.success() && said.contains("llama-cli cannot restore a saved prefix"), "{said}");
+        // 8 tokens, the first of them from the graph of the prefix
+        assert!(sparse(&said) >= 5 * 30, "{chat}: {said}");
+        assert!(said.contains("bound 1 slot"), "{chat}: {said}");
+    }
+
+    // questions that are typed: the second one finds the prefix in its cells, and its own rows are sparse too
+    let rows = |said: &str| -> Vec<(u64, u64)> {
+        let of = |l: &str| {
+            let (all, rest) = l.strip_prefix("squeeze: graph of ")?.split_once(" query rows: sparse ")?;
+            Some((all.parse().unwrap(), rest.split(' ').nth(3)?.parse().unwrap()))
+        };
+        said.lines().filter_map(of).collect()
+    };
+    let mut command = place.command(&[], &args);
+    command.env("GGML_SQUEEZE_LOG", "2").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"What is a cell?\nWhy does a token match?\n/exit\n").unwrap();
+    let run = child.wait_with_output().unwrap();
+    let rows = rows(&stderr(&run));
+    // warm-up graphs come first
+    let prefix = rows.iter().position(|(all, _)| *all > 150).unwrap_or_else(|| panic!("{}", stderr(&run)));
+    assert!(run.status.success() && rows[prefix].1 == 0, "{rows:?}: {}", stderr(&run));
+    let question = rows[prefix + 1..].iter().find(|(all, _)| *all > 1);
+    let question = question.unwrap_or_else(|| panic!("one question only: {rows:?}"));
+    assert!(question.0 < 60 && question.0 == question.1, "the prefix was evaluated again, or densely: {rows:?}");
 }
 
 #[test]

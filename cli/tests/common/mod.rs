@@ -2,6 +2,7 @@
 
 #![allow(dead_code)]
 
+pub mod context;
 pub mod host;
 
 use std::path::{Path, PathBuf};

@@ -1,0 +1,40 @@
+//! Contexts in the test's own process, with the plugin linked in.
+
+use std::path::Path;
+
+use ggml_squeeze::attention::Element;
+use ggml_squeeze::backend;
+use sqz::llama::{Context, Flash, ModelArgs, Outputs, RopeArgs};
+
+pub fn args(model: &Path, ubatch_size: u32) -> ModelArgs {
+    ModelArgs {
+        model: model.to_path_buf(),
+        ctx_size: None,
+        batch_size: 512,
+        ubatch_size,
+        threads: Some(2),
+        flash_attn: Flash::On,
+        cache_type_k: Element::F16,
+        cache_type_v: Element::F16,
+        rope: RopeArgs::default(),
+        swa_full: false,
+    }
+}
+
+/// Decodes a question and takes it back; attention nodes that were sparse.
+pub fn sparse_nodes(context: &mut Context, seq: i32, question: &[i32]) -> u64 {
+    let n_past = context.n_past_in(seq);
+    backend::reset_stats();
+    context.decode_in(seq, question, Outputs::Last).unwrap();
+    context.truncate_in(seq, n_past).unwrap();
+    backend::stats().nodes_sparse
+}
+
+/// Number of prefixes with another token that are tried.
+pub fn trials() -> usize {
+    if std::env::var_os("SQZ_THOROUGH").is_some() {
+        200
+    } else {
+        20
+    }
+}
