@@ -43,16 +43,13 @@ impl SketchMargin {
     /// How far a row may be from its sketch in this layer; `None` where tokens or positions are too near to each other.
     ///
     /// In layer 0 a row is its token's and position's alone, and rounding small. A later one carries the rounding of the
-    /// layers below, more than that of a cache: there as much is allowed as the margin bears. A text with another token has
-    /// another V row in that place, half the distance of two tokens is safe; two positions of one token must be told apart
-    /// too, but nothing hangs on a single pair of them.
+    /// layers below, more than that of a cache: there as much is allowed as the margin bears. Another text has another token
+    /// in some place, hence another V row there: half the distance of two tokens is safe. Positions do not limit it: where
+    /// every token is the prefix's, all keys would have to be those of other positions, not the nearest two alone.
     pub fn tolerance(&self, layer: u32) -> Option<f32> {
-        if layer == 0 {
-            return (self.nearest_token.min(self.nearest_position) >= 2.0 * SKETCH_TOLERANCE)
-                .then_some(SKETCH_TOLERANCE);
-        }
-        let bears = (self.nearest_token / 2.0).min(self.nearest_position).min(MOST_TOLERANCE);
-        (bears >= SKETCH_TOLERANCE).then_some(bears)
+        let told_apart = self.nearest_token.min(self.nearest_position) >= 2.0 * SKETCH_TOLERANCE;
+        let bears = if layer == 0 { SKETCH_TOLERANCE } else { (self.nearest_token / 2.0).min(MOST_TOLERANCE) };
+        told_apart.then_some(bears)
     }
 }
 
