@@ -233,7 +233,7 @@ fn cluster(capture: &Capture, settings: &Settings, parts: &mut IndexParts) -> Re
 fn tolerance(sketch: &SketchParts, tokens: &[i32]) -> Result<f32> {
     let margin = build::sketch_margin(sketch, tokens);
     let (SketchMargin { nearest_token, nearest_position }, layer) = (margin, sketch.layer);
-    let tolerance = margin.tolerance(layer).with_context(|| {
+    let tolerance = margin.tolerance().with_context(|| {
         format!(
             "layer {layer} cannot tell all tokens and positions of this text apart (nearest {nearest_token:.3} and \
              {nearest_position:.3} of a row's norm), so an index could be used on another text: attention stays dense for \

@@ -14,9 +14,6 @@ use crate::random::split_mix;
 const DIMS: usize = 16;
 /// The same in a later layer, where a row depends on the text before it and is told from others less well.
 const DIMS_LATER: usize = 64;
-/// Largest tolerance in a later layer. Batch shapes were seen to change a row of Gemma-3's layer 5 by 0.08, another token its
-/// own row by 0.3 at least (docs/binding.md).
-const MOST_TOLERANCE: f32 = 0.12;
 /// Peaks kept of a K row and of a V row, at most.
 const PEAKS: usize = 8;
 /// Pairs of rows that the choice of elements is based on.
@@ -40,21 +37,14 @@ pub struct SketchMargin {
 }
 
 impl SketchMargin {
-    /// How far a row may be from its sketch in this layer; `None` where tokens or positions are too near to each other.
-    ///
-    /// In layer 0 a row is its token's and position's alone, and rounding small. A later one carries the rounding of the
-    /// layers below, more than that of a cache: there as much is allowed as the margin bears. Another text has another token
-    /// in some place, hence another V row there: half the distance of two tokens is safe. Positions do not limit it: where
-    /// every token is the prefix's, all keys would have to be those of other positions, not the nearest two alone.
-    pub fn tolerance(&self, layer: u32) -> Option<f32> {
-        let told_apart = self.nearest_token.min(self.nearest_position) >= 2.0 * SKETCH_TOLERANCE;
-        let bears = if layer == 0 { SKETCH_TOLERANCE } else { (self.nearest_token / 2.0).min(MOST_TOLERANCE) };
-        told_apart.then_some(bears)
+    /// How far a row may be from its sketch; `None` where tokens or positions are too near to each other.
+    pub fn tolerance(&self) -> Option<f32> {
+        (self.nearest_token.min(self.nearest_position) >= 2.0 * SKETCH_TOLERANCE).then_some(SKETCH_TOLERANCE)
     }
 }
 
 /// Chooses 16 elements of the K row and 16 of the V row, 64 in a later layer than 0 (all, if a row has fewer), and stores them
-/// for every token. The tolerance is that of layer 0 until a margin gives another one.
+/// for every token. The margin tells whether its tolerance is safe.
 ///
 /// The elements are those that best separate the hardest of many pairs of rows: for V, pairs of different rows; for K,
 /// the same token (an equal V row, which in layer 0 is the same token) at different positions, near ones first.

@@ -176,12 +176,10 @@ fn a_position_is_told_by_value_too_where_values_depend_on_it() {
 }
 
 #[test]
-fn a_later_layer_allows_what_its_margin_bears() {
-    let of = |nearest_token, nearest_position, layer| SketchMargin { nearest_token, nearest_position }.tolerance(layer);
-    assert_eq!((of(0.06, 0.06, 0), of(1.0, 1.0, 0)), (Some(SKETCH_TOLERANCE), Some(SKETCH_TOLERANCE)));
-    assert_eq!((of(0.05, 1.0, 0), of(1.0, 0.05, 0)), (None, None));
-    assert_eq!((of(0.2, 0.08, 5), of(1.0, 1.0, 5)), (Some(0.1), Some(MOST_TOLERANCE)));
-    assert_eq!((of(0.05, 1.0, 5), of(1.0, 0.05, 5)), (None, None));
+fn what_is_less_than_twice_the_tolerance_apart_is_refused() {
+    let of = |nearest_token, nearest_position| SketchMargin { nearest_token, nearest_position }.tolerance();
+    assert_eq!(of(0.06, 0.06), Some(SKETCH_TOLERANCE));
+    assert_eq!((of(0.05, 1.0), of(1.0, 0.05)), (None, None));
 }
 
 #[test]

@@ -7,8 +7,7 @@ use half::f16;
 pub const FORMAT_VERSION: u32 = 3;
 
 /// Largest relative distance (L2, in units of the row's norm, at least a quarter of the usual norm) between a prefix token's
-/// sketch in layer 0 and the cache row that is taken for it, and the least that is of use in a later layer. Two tokens of a
-/// prefix must be at least twice as far apart.
+/// sketch and the cache row that is taken for it. Two tokens or positions of a prefix must be at least twice as far apart.
 pub const SKETCH_TOLERANCE: f32 = 0.03;
 
 /// Elements that one peak of a sketch stands for: ggml's quantised cache types have one scale per so many.

@@ -187,17 +187,15 @@ fn full_attention_layers_of_a_sliding_window_model_are_indexed() {
             assert!(with.content.starts_with(FACTS[0].1), "{:?}", with.content);
         }
         // Without --swa-full llama-server takes a restored slot of such a model for too short and computes it anew, in other
-        // batches than sqz build: rows of the first full layer, the sixth, then differ by some percent, and bind all the same.
+        // batches than sqz build: rows of the first full layer, the sixth, then differ by up to 8 %, more than is allowed.
         assert_eq!(sparse[0].cache_n > 0, full, "{}", sparse[0].log);
-        let graphs: Vec<_> = sparse.iter().flat_map(|a| &a.graphs).collect();
-        let dense = graphs.iter().take_while(|g| g.sparse_nodes == 0).count();
-        assert_eq!(dense > 0, !full, "{}", sparse[0].log);
-        for graph in &graphs[..dense] {
-            assert_eq!(graph.dense, "layer not indexed: 15 nodes, unbound: 3 nodes", "{}", sparse[0].log);
-        }
-        for graph in &graphs[dense..] {
-            let found = (graph.sparse_nodes, graph.sparse_rows, &*graph.dense);
-            assert_eq!(found, (3, graph.rows, "layer not indexed: 15 nodes"), "{}", sparse[0].log);
+        for graph in sparse.iter().flat_map(|a| &a.graphs) {
+            let expected = if full {
+                (3, "layer not indexed: 15 nodes")
+            } else {
+                (0, "layer not indexed: 15 nodes, unbound: 3 nodes")
+            };
+            assert_eq!((graph.sparse_nodes, &*graph.dense), expected, "{}", sparse[0].log);
         }
     }
 }
