@@ -121,6 +121,7 @@ fn index_bytes(s: &Shape) -> Vec<u8> {
             iterations: 0,
             cluster_share: 0.05,
             chat: "raw".into(),
+            cache_types: ["f16".into(), "f16".into()],
             builder: "bench".into(),
         },
         calibration: vec![Calibration { budget: 0.2, threshold: 1e-3, kept: 0.2, mass: 0.9, layer_kept: vec![0.2] }],
@@ -128,6 +129,7 @@ fn index_bytes(s: &Shape) -> Vec<u8> {
     };
     let sketch = SketchParts {
         layer: 0,
+        tolerance: SKETCH_TOLERANCE,
         k_dims: vec![0],
         v_dims: vec![0],
         k: vec![f16::ONE; s.n_prefix],
