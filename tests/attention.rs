@@ -94,13 +94,14 @@ fn modes() -> impl Strategy<Value = Mode> {
 
 fn specs() -> impl Strategy<Value = Spec> {
     let dims = || prop::sample::select(vec![64usize, 72, 80, 96, 128, 192, 256]);
-    let shape = (dims(), dims(), 1usize..=16, 1usize..=3, 1usize..=6, 1usize..=2);
+    let shape = (dims(), dims(), 1usize..=16, 1usize..=3, 1usize..=8, 1usize..=2);
     let prefix = (60usize..220, 0usize..12, 0usize..24, 0usize..60, 1usize..24, 0.0f32..1.2);
     let spread = prop::sample::select(vec![Spread::None, Spread::Radius, Spread::Diag]);
     let select = (modes(), spread, any::<bool>());
     let flavour = (any::<[bool; 4]>(), prop::sample::select(vec![0.0f32, 0.0, 30.0]));
     let cache = (types(), types(), 0usize..9, 0usize..9);
-    (any::<u64>(), shape, prefix, select, flavour, cache).prop_map(spec_of)
+    let tile = prop::sample::select(vec![1usize, 2, 3, 5, 16, 64]);
+    (any::<u64>(), shape, prefix, select, flavour, cache, tile).prop_map(spec_of)
 }
 
 type Drawn = (
@@ -110,9 +111,10 @@ type Drawn = (
     (Mode, Spread, bool),
     ([bool; 4], f32),
     (Element, Element, usize, usize),
+    usize,
 );
 
-fn spec_of((seed, shape, prefix, select, (flags, softcap), (k_type, v_type, k, v)): Drawn) -> Spec {
+fn spec_of((seed, shape, prefix, select, (flags, softcap), (k_type, v_type, k, v), tile): Drawn) -> Spec {
     let whole = |size: usize, element: Element| if size.is_multiple_of(element.block()) { size } else { 96 };
     let (dk, dv) = (whole(shape.0, k_type), whole(shape.1, v_type));
     // Every second cache is plain; the largest blocks are those that divide the head size.
@@ -144,6 +146,7 @@ fn spec_of((seed, shape, prefix, select, (flags, softcap), (k_type, v_type, k, v
         k_type,
         v_type,
         rotation: Rotation { k: block(k, dk), v: block(v, dv) },
+        tile,
     }
 }
 
@@ -188,6 +191,65 @@ fn many_rows_over_many_cells() {
     let spec = Spec { n_query: 40, n_prefix: 900, n_other: 200, n_cluster: 45, sparse: 0.7, ..Spec::base() };
     check(&spec, 3, 2);
     check(&Spec { n_query: 1, dk: 128, dv: 128, group: 7, seed: 5, ..spec }, 8, 4);
+}
+
+#[test]
+fn tiles_of_every_size_over_many_cells() {
+    let spec = Spec { n_query: 70, n_prefix: 700, n_other: 200, n_cluster: 70, sparse: 0.95, ..Spec::base() };
+    for (tile, group) in [(2, 1), (7, 3), (16, 7), (64, 2)] {
+        check(&Spec { tile, group, ..spec.clone() }, 3, 2);
+    }
+}
+
+/// Rows of a tile with a mask each: what one sees is hidden from the next, and is not a number.
+#[test]
+fn a_value_that_is_not_finite_reaches_only_the_rows_that_see_it() {
+    for per_head in [false, true] {
+        let spec = Spec { n_query: 5, n_other: 30, tile: 5, sparse: 2.0, mask_per_head: per_head, ..Spec::base() };
+        let mut case = Case::new(&spec);
+        let n_kv = case.call.problem.k.ne[1];
+        let cell = *case.call.bindings[0].always.last().unwrap() as usize;
+        let row = case.k.len() / n_kv;
+        case.k[cell * row..(cell + 1) * row].fill(0xff);
+        case.v[cell * row..(cell + 1) * row].fill(0xff);
+        for (i, mask) in case.mask.chunks_exact_mut(n_kv).enumerate() {
+            mask[cell] = if i % 5 == 2 { half::f16::ZERO } else { half::f16::NEG_INFINITY };
+        }
+        let want = oracle::run(&case.call);
+        let n_row = want.len() / 5;
+        assert!(want.chunks(n_row).enumerate().all(|(i, out)| out.iter().all(|x| x.is_nan() == (i == 2))));
+        let options =
+            Path::available().into_iter().flat_map(|path| [Schedule::Split, Schedule::Fused].map(|s| (path, s)));
+        for (path, schedule) in options {
+            let plan = case.plan(2, Options { path: Some(path), schedule: Some(schedule) }).unwrap();
+            let got = case.run(&plan, 2);
+            for (i, (got, want)) in got.chunks(n_row).zip(want.chunks(n_row)).enumerate() {
+                match i {
+                    2 => assert!(got.iter().all(|x| x.is_nan())),
+                    _ => close(got, want, &format!("row {i} on {}", path.name())),
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_oracle_selects_once_per_tile_by_the_root_mean_square_of_the_rows() {
+    let spec = Spec { n_query: 7, n_head_kv: 1, group: 1, sparse: 2.0, tile: 3, ..Spec::base() };
+    let case = Case::new(&spec);
+    assert_eq!(case.call.tiles.to_vec(), [0..2, 2..4, 4..7]);
+    let alone = |row: usize| {
+        let call = Call { tiles: Vec::new().into(), ..case.call.clone() };
+        oracle::scores(&call, row, 0)
+    };
+    let of_tile = oracle::scores(&case.call, 5, 0);
+    for i in 0..spec.n_cluster {
+        let mean = (4..7).map(|row| alone(row).p[i].powi(2)).sum::<f64>() / 3.0;
+        assert!((of_tile.p[i] - mean.sqrt()).abs() < 1e-15);
+    }
+    assert_eq!(of_tile.y, alone(5).y);
+    assert_eq!(oracle::selection(&case.call, 4, 0), oracle::selection(&case.call, 6, 0));
+    assert_ne!(oracle::scores(&case.call, 1, 0).p, of_tile.p);
 }
 
 #[test]
@@ -309,6 +371,7 @@ fn a_query_that_is_not_finite_neither_hangs_nor_crashes() {
 }
 
 #[test]
+#[allow(clippy::single_range_in_vec_init)]
 fn calls_that_do_not_fit_are_refused_with_the_reason() {
     let case = Case::new(&Spec::base());
     let refused = |change: &dyn Fn(&mut Call)| {
@@ -334,6 +397,11 @@ fn calls_that_do_not_fit_are_refused_with_the_reason() {
     }
     assert_eq!(refused(&|c| c.rows = vec![Row::Dense].into()), Unsupported::Rows { got: 1, want: 2 });
     assert_eq!(refused(&|c| c.rows = vec![Row::Sparse(9); 2].into()), Unsupported::NoBinding { got: 9, n: 1 });
+    for (tiles, tile) in [(vec![0..3], 0), (vec![0..2, 0..2], 1), (vec![1..1], 0), (vec![0..1], 0)] {
+        assert_eq!(refused(&|c| c.tiles = tiles.clone().into()), Unsupported::Tile { tile });
+    }
+    let half = refused(&|c| (c.rows, c.tiles) = (vec![Row::Sparse(0), Row::Dense].into(), vec![0..2].into()));
+    assert_eq!(half, Unsupported::Tile { tile: 0 });
     let one_head = refused(&|c| {
         c.problem.k.ne[2] = 1;
         c.problem.v.ne[2] = 1;

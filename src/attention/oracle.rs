@@ -5,18 +5,19 @@ use half::{bf16, f16};
 use super::{keys_of_share, Array, Binding, Call, Element, Mode, Problem, Row, Spread};
 use crate::index::LayerView;
 
-/// Scores of every cluster for one query row and KV head.
+/// Scores of every cluster for one query row and KV head: the logits of the row itself, the rest over the rows of its tile.
 #[derive(Clone, Debug)]
 pub struct Scores {
     /// `[G][C]` plain logit `s q.c_i` (no soft-cap); -inf where it is not finite.
     pub x: Vec<Vec<f64>>,
     /// `[G][C]` selection score: `x` plus the spread bonus.
     pub y: Vec<Vec<f64>>,
-    /// `[C]` p_i: probability per key, from `y`, mean over the group.
+    /// `[C]` p_i: probability per key, from `y`: mean over the group, or root mean square over the group and the rows of a
+    /// tile, where a mean would lose what one row needs alone.
     pub p: Vec<f64>,
-    /// `[C]` estimated mass per key, from `x`, mean over the group.
+    /// `[C]` estimated mass per key, from `x`, mean over the group and the tile.
     pub mass: Vec<f64>,
-    /// Mass of the sinks beside `mass`, mean over the group.
+    /// Mass of the sinks beside `mass`, likewise.
     pub sink_share: f64,
 }
 
@@ -106,6 +107,24 @@ fn finite(x: f64) -> f64 {
 
 /// Both scores of every cluster. `row` must be sparse and its layer in the index.
 pub fn scores(call: &Call, row: usize, head_kv: usize) -> Scores {
+    let tile = call.tile_of(row);
+    let power = if tile.len() > 1 { 2 } else { 1 };
+    let mut out = scores_alone(call, row, head_kv, power);
+    for other in tile.clone().filter(|other| *other != row) {
+        let other = scores_alone(call, other, head_kv, power);
+        out.p.iter_mut().zip(other.p).for_each(|(sum, p)| *sum += p);
+        out.mass.iter_mut().zip(other.mass).for_each(|(sum, m)| *sum += m);
+        out.sink_share += other.sink_share;
+    }
+    let n = tile.len() as f64;
+    out.p.iter_mut().chain(&mut out.mass).for_each(|sum| *sum /= n);
+    out.sink_share /= n;
+    out.p.iter_mut().for_each(|p| *p = p.powf(1.0 / power as f64));
+    out
+}
+
+/// The same with no other row's part in the means, and the mean of a power of the probability.
+fn scores_alone(call: &Call, row: usize, head_kv: usize, power: i32) -> Scores {
     let p = &call.problem;
     let (binding, view) = bound(call, row);
     let (c, dk, group) = (view.shape.n_cluster as usize, p.q.ne[0], p.n_group());
@@ -134,16 +153,17 @@ pub fn scores(call: &Call, row: usize, head_kv: usize) -> Scores {
         let n_sink = binding.index.meta().n_sink as usize;
         let sinks: Vec<f64> =
             binding.always[..n_sink].iter().map(|cell| finite(s * dot_key(p, row, head, *cell as usize))).collect();
-        softmax(&y, &sinks, offsets, &mut out.p, group);
-        out.sink_share += softmax(&x, &sinks, offsets, &mut out.mass, group);
+        softmax(&y, &sinks, offsets, &mut out.p, group, power);
+        out.sink_share += softmax(&x, &sinks, offsets, &mut out.mass, group, 1);
         out.x.push(x);
         out.y.push(y);
     }
     out
 }
 
-/// Adds the probability per key of each cluster, over `group`, to `per_key`; returns that of all sinks, over `group`.
-fn softmax(scores: &[f64], sinks: &[f64], offsets: &[u32], per_key: &mut [f64], group: usize) -> f64 {
+/// Adds a power of the probability per key of each cluster, over `group`, to `per_key`; returns the probability of all
+/// sinks, over `group`.
+fn softmax(scores: &[f64], sinks: &[f64], offsets: &[u32], per_key: &mut [f64], group: usize, power: i32) -> f64 {
     let max = scores.iter().chain(sinks).fold(f64::NEG_INFINITY, |m, s| m.max(*s));
     if max == f64::NEG_INFINITY {
         return 0.0;
@@ -151,12 +171,13 @@ fn softmax(scores: &[f64], sinks: &[f64], offsets: &[u32], per_key: &mut [f64], 
     let sink_sum: f64 = sinks.iter().map(|s| (s - max).exp()).sum();
     let cluster_sum: f64 =
         scores.iter().zip(offsets.windows(2)).map(|(s, o)| (o[1] - o[0]) as f64 * (s - max).exp()).sum();
-    let total = (sink_sum + cluster_sum) * group as f64;
-    per_key.iter_mut().zip(scores).for_each(|(p, s)| *p += (s - max).exp() / total);
-    sink_sum / total
+    let (total, group) = (sink_sum + cluster_sum, group as f64);
+    per_key.iter_mut().zip(scores).for_each(|(p, s)| *p += ((s - max).exp() / total).powi(power) / group);
+    sink_sum / total / group
 }
 
-/// Clusters kept for one sparse row and KV head, ascending. Best first means: higher p, then lower number.
+/// Clusters kept for one sparse row and KV head, ascending; the same for all rows of a tile. Best first means: higher p,
+/// then lower number.
 pub fn selection(call: &Call, row: usize, head_kv: usize) -> Vec<u32> {
     let (binding, view) = bound(call, row);
     let meta = binding.index.meta();
@@ -233,7 +254,7 @@ fn attend(call: &Call, row: usize, head: usize, kept: Option<&[u32]>) -> Vec<f64
                 }
             }
             if call.selection.estimate {
-                let x = &scores(call, row, head_kv).x[head % p.n_group()];
+                let x = &scores_alone(call, row, head_kv, 1).x[head % p.n_group()];
                 for i in (0..x.len()).filter(|i| !kept.contains(&(*i as u32))) {
                     let at = (head_kv * x.len() + i) * dv;
                     let mean: Vec<f64> = view.mean_values[at..at + dv].iter().map(|v| v.to_f64()).collect();

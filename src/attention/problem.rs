@@ -173,25 +173,37 @@ pub struct Call {
     pub selection: Selection,
     /// Basis of K, Q and V, that of the output being V's. Means something to sparse rows only.
     pub rotation: Rotation,
-    /// Consecutive sparse rows of one stream and binding that share a selection, at most; 1 at decode.
-    pub tile: usize,
+    /// Runs of two or more consecutive sparse rows of one stream and one binding that share a selection, ascending. A row
+    /// in none of them selects for itself, as at decode.
+    pub tiles: Arc<[Range<usize>]>,
 }
 
 impl Call {
-    /// Rows that share a selection: runs of at most `tile` consecutive sparse rows of one stream and one binding.
-    pub fn tiles(&self) -> Vec<Range<usize>> {
-        let n_query = self.problem.q.ne[1].max(1);
-        let mut tiles: Vec<Range<usize>> = Vec::new();
-        for (row, kind) in self.rows.iter().enumerate().filter(|(_, kind)| **kind != Row::Dense) {
-            match tiles.last_mut() {
-                Some(t) if t.end == row && t.len() < self.tile && row % n_query != 0 && self.rows[t.start] == *kind => {
-                    t.end += 1;
-                }
-                _ => tiles.push(row..row + 1),
-            }
-        }
-        tiles
+    /// The rows that share a selection with a sparse row: its tile, or itself alone.
+    pub fn tile_of(&self, row: usize) -> Range<usize> {
+        self.tiles.iter().find(|tile| tile.contains(&row)).cloned().unwrap_or(row..row + 1)
     }
+}
+
+/// Runs of consecutive sparse rows of one stream and one binding, without those of one row.
+pub fn runs(rows: &[Row], n_query: usize) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (row, kind) in rows.iter().enumerate().filter(|(_, kind)| **kind != Row::Dense) {
+        match runs.last_mut() {
+            Some(run) if run.end == row && row % n_query.max(1) != 0 && rows[run.start] == *kind => run.end += 1,
+            _ => runs.push(row..row + 1),
+        }
+    }
+    runs.retain(|run| run.len() > 1);
+    runs
+}
+
+/// Cuts a run into as few tiles of at most `tile` rows as there can be, of equal length but for one row. What would be a
+/// tile of one row is left out.
+pub fn cut(run: Range<usize>, tile: usize) -> impl Iterator<Item = Range<usize>> {
+    let n = run.len().div_ceil(tile.max(1));
+    let tiles = (0..n).map(move |i| run.start + run.len() * i / n..run.start + run.len() * (i + 1) / n);
+    tiles.filter(|tile| tile.len() > 1)
 }
 
 impl Problem {

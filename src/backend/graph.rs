@@ -306,9 +306,8 @@ impl Instance {
         if !(hadamard::fits(rotation.k, problem.k.ne[0]) && hadamard::fits(rotation.v, problem.v.ne[0])) {
             return Err(Reason::Shape);
         }
-        let rows_of_call = rows.clone();
-        let call =
-            Call { problem, layer, rows: rows_of_call, bindings: bindings.clone(), selection, rotation, tile: 1 };
+        let (rows_of_call, tiles, bindings) = (rows.clone(), Vec::new().into(), bindings.clone());
+        let call = Call { problem, layer, rows: rows_of_call, tiles, bindings, selection, rotation };
         let plan = Plan::new(call, self.n_threads, &mut self.memory).map_err(|_| Reason::Kernel)?;
         rewrite.push_plan(node.raw(), plan, false);
         count(|s| {

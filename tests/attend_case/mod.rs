@@ -71,6 +71,8 @@ pub struct Spec {
     pub v_type: Element,
     /// The cache is rotated, the index is not.
     pub rotation: Rotation,
+    /// Rows that share a selection, at most.
+    pub tile: usize,
 }
 
 impl Spec {
@@ -101,6 +103,7 @@ impl Spec {
             k_type: Element::F16,
             v_type: Element::F16,
             rotation: Rotation::default(),
+            tile: 1,
         }
     }
 }
@@ -400,6 +403,7 @@ impl Case {
             max_bias: spec.max_bias,
             softcap: spec.softcap,
         };
+        let tiles: Vec<_> = runs(&rows, n_query).into_iter().flat_map(|run| cut(run, spec.tile)).collect();
         let selection = spec.selection;
         let call = Call {
             problem,
@@ -408,7 +412,7 @@ impl Case {
             bindings: bindings.into(),
             selection,
             rotation: spec.rotation,
-            tile: 1,
+            tiles: tiles.into(),
         };
         Case { call, q, k: k.bytes, v: v.bytes, mask, sinks, dst }
     }

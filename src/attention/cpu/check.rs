@@ -57,6 +57,15 @@ pub(super) fn check(call: &Call) -> Result<(), Unsupported> {
             }
         }
     }
+    let mut end = 0;
+    for (tile, rows) in call.tiles.iter().enumerate() {
+        let run = call.rows.get(rows.clone()).unwrap_or_default();
+        let alike = run.first().is_some_and(|row| *row != Row::Dense && run.iter().all(|r| r == row));
+        if !alike || rows.len() < 2 || rows.start < end || rows.start / n_query != (rows.end - 1) / n_query {
+            return Err(Unsupported::Tile { tile });
+        }
+        end = rows.end;
+    }
     if !sparse {
         return Ok(());
     }

@@ -79,7 +79,7 @@ macro_rules! of_source {
     };
 }
 
-/// A path's `dots` and `accumulate`, from its `dots_of` and `accumulate_of` that are generic over the element type.
+/// A path's `dots`, `accumulate` and `decode`, from functions of it that are generic over the element type.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! over_sources {
     () => {
@@ -109,6 +109,13 @@ macro_rules! over_sources {
         ) {
             // SAFETY: the same contract.
             unsafe { of_source!(source, accumulate_of(p, d, rows, next, acc)) }
+        }
+
+        /// # Safety
+        /// See `kernels::decode`; the processor has what this path needs.
+        pub(super) unsafe fn decode(source: Source, rows: &[*const u8], d: usize, out: &mut [f32]) {
+            // SAFETY: the same contract.
+            unsafe { of_source!(source, decode_of(rows, d, out)) }
         }
     };
 }
@@ -175,7 +182,6 @@ pub(super) fn prefetch_far(row: *const u8, bytes: usize) {
 }
 
 /// Asks for the lines of rows `from..to`, as far as there are any; rows start anywhere in a line.
-#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline]
 pub(super) fn fetch(rows: &[*const u8], from: usize, to: usize, bytes: usize) {
     for row in &rows[from.min(rows.len())..to.min(rows.len())] {
@@ -222,6 +228,17 @@ pub(super) unsafe fn accumulate(
 ) {
     debug_assert!(rows.len().is_multiple_of(4) && rows.len() <= BLOCK && p.len() >= acc.len() / d * BLOCK);
     dispatch!(path, accumulate(source, p, d, rows, next, acc))
+}
+
+/// Rows as f32, `d` numbers each, one after the other.
+///
+/// # Safety
+/// Every address in `rows` holds `d` elements; `d` is a head size that the plan allows, of whole blocks of the source;
+/// `out` holds all of them.
+#[inline]
+pub(super) unsafe fn decode(path: Path, source: Source, rows: &[*const u8], d: usize, out: &mut [f32]) {
+    debug_assert!(out.len() >= rows.len() * d);
+    dispatch!(path, decode(source, rows, d, out))
 }
 
 /// `s = exp(s - max)` in place; returns the sum.

@@ -68,6 +68,10 @@ fn every_type_is_decoded_as_its_layout_says() {
         // SAFETY: four rows of 64 elements, one head.
         unsafe { accumulate(path, source, &p, 64, &rows, &[], &mut acc) };
         assert_eq!(acc, want, "{source:?} on {}", path.name());
+        let mut decoded = vec![f32::NAN; 4 * 64];
+        // SAFETY: four rows of 64 elements.
+        unsafe { decode(path, source, &rows, 64, &mut decoded) };
+        assert!(decoded.chunks(64).all(|row| row == want), "{source:?} on {}", path.name());
         for (i, want) in want.iter().enumerate() {
             let mut q = vec![0.0; 64];
             q[i] = 1.0;
@@ -109,7 +113,10 @@ fn dots_and_sums_of_every_shape_are_those_of_the_scalar_path() {
                         dots(path, source, &q, d, &rows[..n], &rows[n..], &mut out);
                         accumulate(path, source, &p, d, &rows[..n], &rows[n..], &mut acc);
                     }
-                    (out, acc)
+                    let mut decoded = vec![0.0; n * d];
+                    // SAFETY: as above.
+                    unsafe { decode(path, source, &rows[..n], d, &mut decoded) };
+                    (out, acc, decoded)
                 };
                 let want = run(Path::Scalar);
                 for path in Path::available() {
@@ -119,6 +126,7 @@ fn dots_and_sums_of_every_shape_are_those_of_the_scalar_path() {
                     let scale = if source == Source::U8 { 256.0 } else { 1.0 };
                     let scaled = |x: &[f32]| -> Vec<f32> { x.iter().map(|x| x / scale).collect() };
                     assert!(scaled(&got.0).iter().zip(&scaled(&want.0)).all(near), "dots of {what}");
+                    assert!(got.2 == want.2, "rows of {what}");
                     assert!(scaled(&got.1).iter().zip(&scaled(&want.1)).all(near), "sums of {what}");
                 }
             }

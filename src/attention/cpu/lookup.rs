@@ -129,13 +129,11 @@ impl Lookup<'_> {
     /// All scores are there, and nobody else uses the space meanwhile.
     pub(super) unsafe fn select(&self) -> u32 {
         let (c, group, path) = (self.n_cluster(), self.pair.problem().n_group(), self.pair.path);
-        let offsets = self.view.head_offsets(self.pair.head_kv);
         // SAFETY: the caller grants the whole space; these are its distinct parts.
-        let (count, mean, mass, kept, lengths) = unsafe {
-            let s = self.space;
-            (s.count(c), s.mean(c), s.mass(c), s.kept(c), s.lengths(2))
+        let (count, mean, mass) = unsafe {
+            self.fill_count();
+            (self.space.count(c), self.space.mean(c), self.space.mass(c))
         };
-        count.iter_mut().zip(offsets.windows(2)).for_each(|(n, o)| *n = (o[1] - o[0]) as f32);
         mean.fill(0.0);
         let by_mass = matches!(self.pair.call.selection.mode, Mode::Mass(_));
         if by_mass {
@@ -159,6 +157,33 @@ impl Lookup<'_> {
             let total = (sinks + weighted_sum(path, y, count)) * group as f32;
             add_scaled(path, mean, y, 1.0 / total);
         }
+        // SAFETY: as above.
+        unsafe { self.keep(sink_share) }
+    }
+
+    /// Writes the number of keys of each cluster.
+    ///
+    /// # Safety
+    /// Nobody else uses these numbers meanwhile.
+    pub(super) unsafe fn fill_count(&self) {
+        // SAFETY: the contract.
+        let count = unsafe { self.space.count(self.n_cluster()) };
+        let offsets = self.view.head_offsets(self.pair.head_kv);
+        count.iter_mut().zip(offsets.windows(2)).for_each(|(n, o)| *n = (o[1] - o[0]) as f32);
+    }
+
+    /// Turns counts, mean probabilities and (in mass mode) masses into the kept clusters. Returns the number of keys in them.
+    ///
+    /// # Safety
+    /// All of those are there, and nobody else uses the space meanwhile.
+    pub(super) unsafe fn keep(&self, sink_share: f64) -> u32 {
+        let c = self.n_cluster();
+        let offsets = self.view.head_offsets(self.pair.head_kv);
+        // SAFETY: the caller grants the whole space; these are its distinct parts.
+        let (count, mean, mass, kept, lengths) = unsafe {
+            let s = self.space;
+            (s.count(c), s.mean(c), s.mass(c), s.kept(c), s.lengths(2))
+        };
         let end = self.end_of_kept(mean, count, mass, sink_share);
         let (mut n, mut keys) = (0, 0);
         for (i, p) in mean.iter().enumerate() {

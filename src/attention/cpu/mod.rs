@@ -1,7 +1,7 @@
 //! The attention call on CPU threads that somebody else owns: a plan of tasks that they share. Knows nothing of ggml.
 //!
-//! `plan` cuts a call into tasks, `lookup` scores and selects clusters, `attend` runs over cells, `kernels` are the
-//! inner loops, `memory` is all pointer arithmetic.
+//! `plan` cuts a call into tasks, `lookup` scores and selects clusters, `attend` runs over cells, `tile` does both for
+//! query rows that share a selection, `kernels` are the inner loops, `memory` is all pointer arithmetic.
 
 mod attend;
 #[cfg(target_arch = "x86_64")]
@@ -15,7 +15,9 @@ mod memory;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod plan;
+mod progress;
 mod scalar;
+mod tile;
 
 use std::sync::OnceLock;
 
@@ -105,6 +107,10 @@ pub enum Unsupported {
     Shape { what: &'static str, dim: usize, got: usize, want: usize },
     #[error("the call names {got} rows but has {want}: give one entry for each query of each stream")]
     Rows { got: usize, want: usize },
+    #[error(
+        "tile {tile} is no run of two or more sparse rows of one binding and one stream behind the tile before it"
+    )]
+    Tile { tile: usize },
     #[error("a row names binding {got} of {n}: bind the index first, or make the row dense")]
     NoBinding { got: usize, n: usize },
     #[error("layer {layer} is not in the index: it stays dense")]

@@ -3,15 +3,17 @@
 //! Split, for few rows: the first tasks score chunks of clusters, and whoever finishes a pair's last chunk selects; the
 //! others attend to parts of a pair's cells, once its selection is there, and whoever finishes its last part merges. There
 //! is no barrier: while one thread selects, the next is busy with another pair. Fused, for many: a task is all of a pair.
-//! A pair is a (row, KV head).
+//! A pair is a (row, KV head). Rows that share a selection are no pairs: `tile` cuts them into tasks, which come first.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use super::attend::{attend, estimate, Cells, State};
 use super::check::check;
 use super::lookup::Lookup;
 use super::memory::{Carver, Memory, Pair, ScratchLayout, Space, SpaceLayout, Workspace};
+use super::progress::{last, LookupProgress, OnPanic};
+use super::tile::{Shared, Tiles};
 use super::{Kept, Path, Unsupported};
 use crate::attention::{Call, Mode, Problem, Rotation, Row, Selection, Spread};
 
@@ -52,22 +54,15 @@ struct Progress {
     attended: Vec<AtomicUsize>,
 }
 
-#[derive(Default)]
-struct LookupProgress {
-    /// Chunks scored.
-    scored: AtomicUsize,
-    selected: AtomicBool,
-    /// Keys in the kept clusters.
-    kept: AtomicU32,
-}
-
 /// An attention call ready to run. It may be run again with the same arrays.
 pub struct Plan {
     call: Call,
     path: Path,
     schedule: Schedule,
     n_threads: usize,
-    /// Sparse rows, and the place of each row among them.
+    tiles: Tiles,
+    /// Rows in no tile; the sparse ones among them, and the place of each row among those.
+    single: Vec<usize>,
     sparse: Vec<usize>,
     place: Vec<usize>,
     space: SpaceLayout,
@@ -92,8 +87,8 @@ impl Plan {
     pub fn forced(problem: Problem, n_threads: usize, memory: &mut Memory) -> Result<Plan, Unsupported> {
         let selection = Selection { mode: Mode::Budget(1.0), spread: Spread::None, alpha: 0.0, estimate: false };
         let rows = vec![Row::Dense; problem.n_row()].into();
-        let (bindings, rotation) = (Vec::new().into(), Rotation::default());
-        Plan::new(Call { problem, layer: 0, rows, bindings, selection, rotation, tile: 1 }, n_threads, memory)
+        let (bindings, rotation, tiles) = (Vec::new().into(), Rotation::default(), Vec::new().into());
+        Plan::new(Call { problem, layer: 0, rows, tiles, bindings, selection, rotation }, n_threads, memory)
     }
 
     /// As `new`, with the code path or the schedule given.
@@ -106,24 +101,31 @@ impl Plan {
         check(&call)?;
         let p = &call.problem;
         let (group, n_head_kv, n_threads) = (p.n_group(), p.k.ne[2], n_threads.max(1));
-        let mut sparse = Vec::new();
+        let (mut single, mut sparse) = (Vec::new(), Vec::new());
         let mut place = Vec::with_capacity(call.rows.len());
+        let mut tiles = call.tiles.iter().peekable();
         for (row, kind) in call.rows.iter().enumerate() {
             place.push(sparse.len());
+            while tiles.next_if(|tile| tile.end <= row).is_some() {}
+            if tiles.peek().is_some_and(|tile| tile.contains(&row)) {
+                continue;
+            }
+            single.push(row);
             if let Row::Sparse(_) = kind {
                 sparse.push(row);
             }
         }
         let (mut n_cluster, mut n_sink, mut n_prefix) = (0, 0, 0);
-        if !sparse.is_empty() {
+        if !(sparse.is_empty() && call.tiles.is_empty()) {
             for b in call.bindings.iter() {
                 n_cluster = n_cluster.max(b.index.layer(call.layer).map_or(0, |l| l.shape.n_cluster as usize));
                 n_sink = n_sink.max(b.index.meta().n_sink as usize);
                 n_prefix = n_prefix.max(b.index.meta().n_prefix());
             }
         }
-        let (pairs, sparse_pairs) = (call.rows.len() * n_head_kv, sparse.len() * n_head_kv);
-        let schedule = options.schedule.unwrap_or(match pairs >= FUSED_PAIRS * n_threads {
+        let (pairs, sparse_pairs) = (single.len() * n_head_kv, sparse.len() * n_head_kv);
+        let units = call.tiles.len() * n_head_kv;
+        let schedule = options.schedule.unwrap_or(match pairs + units >= FUSED_PAIRS * n_threads {
             true => Schedule::Fused,
             false => Schedule::Split,
         });
@@ -144,16 +146,19 @@ impl Plan {
         let spaces_at = carver.area::<u8>(n_space * space.bytes);
         let scratch_at = carver.area::<u8>(n_threads * scratch.bytes);
         let partials_at = carver.area::<u8>(if split { pairs * n_part * partial_bytes(p) } else { 0 });
-        let per_pair = |n: usize| if split { n } else { 0 };
+        let path = options.path.filter(|path| Path::available().contains(path)).unwrap_or_else(Path::detect);
+        let tiles = Tiles::new(&call, path, n_threads, split, wanted, (n_cluster, n_sink, n_prefix), &mut carver);
         let progress = Progress {
             lookups: (0..sparse_pairs).map(|_| LookupProgress::default()).collect(),
-            attended: (0..per_pair(pairs)).map(|_| AtomicUsize::new(0)).collect(),
+            attended: (0..if split { pairs } else { 0 }).map(|_| AtomicUsize::new(0)).collect(),
             ..Progress::default()
         };
         Ok(Plan {
-            path: options.path.filter(|path| Path::available().contains(path)).unwrap_or_else(Path::detect),
+            path,
             schedule,
             n_threads,
+            tiles,
+            single,
             sparse,
             place,
             space,
@@ -179,31 +184,34 @@ impl Plan {
         let on_panic = OnPanic(&progress.failed);
         if ith < self.n_threads {
             let n_head_kv = self.n_head_kv();
-            let (n_score, n_task) = match self.schedule {
-                Schedule::Fused => (0, self.call.rows.len() * n_head_kv),
+            let (n_score, n_attend) = match self.schedule {
+                Schedule::Fused => (0, self.single.len() * n_head_kv),
                 Schedule::Split => {
-                    let n_score = self.sparse.len() * n_head_kv * self.n_chunk;
-                    (n_score, n_score + self.call.rows.len() * n_head_kv * self.n_part)
+                    (self.sparse.len() * n_head_kv * self.n_chunk, self.single.len() * n_head_kv * self.n_part)
                 }
             };
+            // Numbers of tasks by kind, in order: all that scores comes before all that attends.
+            let counts = [self.tiles.n_score(), n_score, self.tiles.n_attend(), n_attend];
             loop {
-                let task = progress.next.fetch_add(1, Ordering::Relaxed);
-                if task >= n_task {
-                    break;
-                }
+                let mut task = progress.next.fetch_add(1, Ordering::Relaxed);
+                let kind = counts.iter().position(|n| task.checked_sub(*n).map(|rest| task = rest).is_none());
                 // SAFETY: each task is claimed once; this thread's scratch is its own.
                 unsafe {
-                    match self.schedule {
-                        Schedule::Fused => self.whole(task, ith),
-                        Schedule::Split if task < n_score => self.score(task, ith),
-                        Schedule::Split => self.attend(task - n_score, ith),
+                    match (kind, self.schedule) {
+                        (Some(0), _) => self.tiles.score(self.shared(), task, ith),
+                        (Some(1), _) => self.score(task, ith),
+                        (Some(2), _) => self.tiles.attend(self.shared(), task, ith),
+                        (Some(_), Schedule::Fused) => self.whole(task, ith),
+                        (Some(_), Schedule::Split) => self.attend(task, ith),
+                        (None, _) => break,
                     }
                 }
             }
         }
         std::mem::forget(on_panic);
         if progress.left.fetch_add(1, Ordering::AcqRel) + 1 == nth {
-            progress.lookups.iter().for_each(|lookup| lookup.selected.store(false, Ordering::Relaxed));
+            progress.lookups.iter().for_each(LookupProgress::reset);
+            self.tiles.reset();
             progress.next.store(0, Ordering::Relaxed);
             progress.left.store(0, Ordering::Relaxed);
         }
@@ -216,10 +224,11 @@ impl Plan {
             let row = self.sparse[pair / self.n_head_kv()];
             let Row::Sparse(n) = self.call.rows[row] else { continue };
             let meta = self.call.bindings[n as usize].index.meta();
-            let keys = self.progress.lookups[pair].kept.load(Ordering::Relaxed);
+            let keys = self.progress.lookups[pair].kept();
             out.share_sum += (meta.n_sink as f64 + keys as f64) / (meta.n_prefix() as f64 - meta.n_window as f64);
             out.count += 1;
         }
+        self.tiles.add_kept(self.shared(), &mut out);
         out
     }
 
@@ -229,9 +238,16 @@ impl Plan {
         if self.schedule == Schedule::Fused || self.call.rows[row] == Row::Dense {
             return None;
         }
-        let space = self.space(self.sparse_pair(row, head_kv));
+        let space = match self.call.tiles.iter().position(|tile| tile.contains(&row)) {
+            Some(tile) => self.tiles.space(self.shared(), tile * self.n_head_kv() + head_kv),
+            None => self.space(self.sparse_pair(row, head_kv)),
+        };
         // SAFETY: the run is over, nobody writes.
         Some(unsafe { space.chosen() }.0.to_vec())
+    }
+
+    fn shared(&self) -> Shared<'_> {
+        Shared { call: &self.call, path: self.path, memory: &self.memory, failed: &self.progress.failed }
     }
 
     fn n_head_kv(&self) -> usize {
@@ -281,28 +297,7 @@ impl Plan {
         let pair = self.sparse_pair(lookup.pair.row, lookup.pair.head_kv);
         // SAFETY: the contract.
         let keys = unsafe { lookup.select() };
-        let progress = &self.progress.lookups[pair];
-        progress.kept.store(keys, Ordering::Relaxed);
-        progress.selected.store(true, Ordering::Release);
-    }
-
-    /// Waits until the selection of a sparse pair is there; false if it may never be. By the order of tasks all of its
-    /// scores are in the hands of running threads, none of which waits.
-    fn await_selection(&self, pair: usize) -> bool {
-        const SPINS: usize = 1 << 12;
-        let selected = &self.progress.lookups[pair].selected;
-        let mut spins = 0;
-        while !selected.load(Ordering::Acquire) {
-            if self.progress.failed.load(Ordering::Relaxed) {
-                return false;
-            }
-            spins += 1;
-            match spins < SPINS {
-                true => std::hint::spin_loop(),
-                false => std::thread::yield_now(),
-            }
-        }
-        true
+        self.progress.lookups[pair].select(keys);
     }
 
     /// Split: scores of one chunk of clusters.
@@ -322,7 +317,7 @@ impl Plan {
             if chunk == 0 {
                 lookup.score_sinks(&mut scratch);
             }
-            if last(&self.progress.lookups[sparse_pair].scored, self.n_chunk) {
+            if self.progress.lookups[sparse_pair].is_last_score(self.n_chunk) {
                 self.select(&lookup);
             }
         }
@@ -331,12 +326,12 @@ impl Plan {
     /// Split: one part of a pair's cells.
     unsafe fn attend(&self, task: usize, ith: usize) {
         let (number, n) = (task / self.n_part, task % self.n_part);
-        let pair = self.pair(number / self.n_head_kv(), number % self.n_head_kv());
+        let pair = self.pair(self.single[number / self.n_head_kv()], number % self.n_head_kv());
         let p = pair.problem();
         let group = p.n_group();
         let sparse_pair = self.sparse_pair(pair.row, pair.head_kv);
         let lookup = self.lookup(pair, sparse_pair);
-        if lookup.is_some() && !self.await_selection(sparse_pair) {
+        if lookup.is_some() && !self.progress.lookups[sparse_pair].wait(&self.progress.failed) {
             return;
         }
         let partial = |n: usize| self.partials_at + (number * self.n_part + n) * partial_bytes(p);
@@ -365,7 +360,7 @@ impl Plan {
 
     /// Fused: all of a pair. Tasks of a KV head follow each other, so that its centroids stay in cache.
     unsafe fn whole(&self, task: usize, ith: usize) {
-        let pair = self.pair(task % self.call.rows.len(), task / self.call.rows.len());
+        let pair = self.pair(self.single[task % self.single.len()], task / self.single.len());
         let p = pair.problem();
         // SAFETY: scratch and space number `ith` are this thread's own.
         unsafe {
@@ -387,24 +382,6 @@ impl Plan {
             state.finish(&pair);
         }
     }
-}
-
-/// Tells the threads that wait for a selection.
-struct OnPanic<'a>(&'a AtomicBool);
-
-impl Drop for OnPanic<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-/// Counts a finished part; true for the last of `n`, which then sees what the others wrote.
-fn last(counter: &AtomicUsize, n: usize) -> bool {
-    let last = counter.fetch_add(1, Ordering::AcqRel) + 1 == n;
-    if last {
-        counter.store(0, Ordering::Relaxed);
-    }
-    last
 }
 
 /// Bytes of a softmax state of a group, on cache lines of its own.

@@ -10,7 +10,7 @@ use super::HEAD_DIM_MAX;
 ///
 /// # Safety
 /// `row` holds as many elements as `out`.
-unsafe fn decode(source: Source, row: *const u8, out: &mut [f32]) {
+unsafe fn decode_row(source: Source, row: *const u8, out: &mut [f32]) {
     // SAFETY: elements below `out.len()` are inside the row.
     unsafe {
         match source {
@@ -43,6 +43,15 @@ fn each(out: &mut [f32], value: impl Fn(usize) -> f32) {
 }
 
 /// # Safety
+/// See `kernels::decode`.
+pub(super) unsafe fn decode(source: Source, rows: &[*const u8], d: usize, out: &mut [f32]) {
+    for (row, out) in rows.iter().zip(out.chunks_exact_mut(d)) {
+        // SAFETY: a row holds `d` elements.
+        unsafe { decode_row(source, *row, out) };
+    }
+}
+
+/// # Safety
 /// See `kernels::dots`.
 pub(super) unsafe fn dots(
     source: Source,
@@ -56,7 +65,7 @@ pub(super) unsafe fn dots(
     let k = &mut buffer[..d];
     for (r, row) in rows.iter().enumerate() {
         // SAFETY: a row holds `d` elements.
-        unsafe { decode(source, *row, k) };
+        unsafe { decode_row(source, *row, k) };
         for (g, q) in q.chunks_exact(d).enumerate() {
             out[g * BLOCK + r] = weighted_sum(q, k);
         }
@@ -77,7 +86,7 @@ pub(super) unsafe fn accumulate(
     let v = &mut buffer[..d];
     for (r, row) in rows.iter().enumerate() {
         // SAFETY: a row holds `d` elements.
-        unsafe { decode(source, *row, v) };
+        unsafe { decode_row(source, *row, v) };
         for (g, acc) in acc.chunks_exact_mut(d).enumerate() {
             add_scaled(acc, v, p[g * BLOCK + r]);
         }

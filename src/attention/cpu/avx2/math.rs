@@ -4,9 +4,13 @@ use std::arch::x86_64::*;
 
 use crate::attention::cpu::scalar;
 
+/// Sum of eight numbers.
+///
+/// # Safety
+/// The processor has AVX2, FMA and F16C.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn sum8(a: __m256) -> f32 {
+pub(in super::super) unsafe fn sum8(a: __m256) -> f32 {
     let s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
     let s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)))
@@ -14,9 +18,12 @@ unsafe fn sum8(a: __m256) -> f32 {
 
 /// exp of eight numbers, about 1e-7 relative: 2^n times a Taylor polynomial of degree 7 on [-ln2/2, ln2/2].
 /// Below -87.3 the result is 0; above 88 it is exp(88); NaN stays NaN.
+///
+/// # Safety
+/// The processor has AVX2, FMA and F16C.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn exp(x: __m256) -> __m256 {
+pub(in super::super) unsafe fn exp(x: __m256) -> __m256 {
     const LOWEST: f32 = -87.3;
     // ln 2 in two parts; the first has few enough bits that n times it is exact.
     const LN2_HIGH: f32 = 0.693_359_4;

@@ -9,7 +9,7 @@ use std::arch::x86_64::*;
 
 use super::kernels::{fetch, of_source, over_sources, stored, Source, BLOCK};
 use element::Element;
-pub(super) use math::{add_scaled, cap, exp_sum, max, spread, weight_from, weighted_sum};
+pub(super) use math::{add_scaled, cap, exp, exp_sum, max, spread, sum8, weight_from, weighted_sum};
 
 over_sources!();
 
@@ -159,6 +159,24 @@ unsafe fn accumulate_of<E: Element>(p: &[f32], d: usize, rows: &[*const u8], nex
             }
             if i < d {
                 values_tile::<E, 1>(p, heads, d, i, tile, acc.as_mut_ptr());
+            }
+        }
+    }
+}
+
+/// # Safety
+/// See `kernels::decode`.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn decode_of<E: Element>(rows: &[*const u8], d: usize, out: &mut [f32]) {
+    for (row, out) in rows.iter().zip(out.chunks_exact_mut(d)) {
+        for (c, out) in out.chunks_mut(32).enumerate() {
+            // SAFETY: the eights of a chunk that `out` has are in the row; the last chunk of a plain type may end early.
+            unsafe {
+                let chunk = row.add(c * E::BYTES);
+                let scale = E::scale(chunk);
+                for (j, out) in out.chunks_exact_mut(8).enumerate() {
+                    _mm256_storeu_ps(out.as_mut_ptr(), E::load(chunk, j, scale));
+                }
             }
         }
     }

@@ -8,7 +8,7 @@ use crate::attention::cpu::scalar;
 /// Below -87.3 the result is 0; above 88 it is exp(88); NaN stays NaN.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn exp(x: __m512) -> __m512 {
+pub(in super::super) fn exp(x: __m512) -> __m512 {
     const LOWEST: f32 = -87.3;
     // ln 2 in two parts; the first has few enough bits that n times it is exact.
     const LN2_HIGH: f32 = 0.693_359_4;

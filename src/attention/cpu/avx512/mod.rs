@@ -12,7 +12,7 @@ use std::arch::x86_64::*;
 
 use super::kernels::{fetch, of_source, over_sources, stored, Source, BLOCK};
 use element::Element;
-pub(super) use math::{add_scaled, cap, exp_sum, max, spread, weight_from, weighted_sum};
+pub(super) use math::{add_scaled, cap, exp, exp_sum, max, spread, weight_from, weighted_sum};
 
 over_sources!();
 
@@ -274,5 +274,32 @@ unsafe fn accumulate_of<E: Element>(p: &[f32], d: usize, rows: &[*const u8], nex
         }
         next = &[];
         h += n;
+    }
+}
+
+/// # Safety
+/// See `kernels::decode`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn decode_of<E: Element>(rows: &[*const u8], d: usize, out: &mut [f32]) {
+    for (row, out) in rows.iter().zip(out.chunks_exact_mut(d)) {
+        let mut parts = out.chunks_exact_mut(32);
+        for (c, out) in parts.by_ref().enumerate() {
+            // SAFETY: chunks below `d / 32` are whole, and so is `out`.
+            unsafe {
+                let [low, high] = E::load(row.add(c * E::BYTES));
+                _mm512_storeu_ps(out.as_mut_ptr(), low);
+                _mm512_storeu_ps(out.as_mut_ptr().add(16), high);
+            }
+        }
+        let rest = parts.into_remainder();
+        if !rest.is_empty() {
+            let mask = (1u32 << rest.len()) - 1;
+            // SAFETY: the mask keeps loads and stores inside the row and `rest`.
+            unsafe {
+                let [low, high] = E::load_part(row.add(d / 32 * E::BYTES), mask);
+                _mm512_mask_storeu_ps(rest.as_mut_ptr(), mask as u16, low);
+                _mm512_mask_storeu_ps(rest.as_mut_ptr().wrapping_add(16), (mask >> 16) as u16, high);
+            }
+        }
     }
 }

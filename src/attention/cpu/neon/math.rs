@@ -7,7 +7,7 @@ use super::super::scalar;
 /// exp of four numbers, about 1e-7 relative: 2^n times a Taylor polynomial of degree 7 on [-ln2/2, ln2/2].
 /// Below -87.3 the result is 0; above 88 it is exp(88); NaN stays NaN.
 #[inline]
-fn exp(x: float32x4_t) -> float32x4_t {
+pub(in super::super) fn exp(x: float32x4_t) -> float32x4_t {
     const LOWEST: f32 = -87.3;
     // ln 2 in two parts; the first has few enough bits that n times it is exact.
     const LN2_HIGH: f32 = 0.693_359_4;
