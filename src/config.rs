@@ -8,6 +8,9 @@ use crate::attention::Spread;
 /// dense (docs/benchmarks.md).
 pub const DEFAULT_MIN_PREFIX: usize = 512;
 pub const DEFAULT_BUDGET: f32 = 0.2;
+/// Query tokens of a prefill that share a selection, at most. Each has its own: tiles of 4 doubled the KL divergence where it
+/// was measured, tiles of 32 raised it ninefold (docs/quality.md).
+pub const DEFAULT_TILE: usize = 1;
 /// Weight of the spread bonus.
 pub const SPREAD_ALPHA: f32 = 2.0;
 /// Threshold mode keeps at least this share of the keys of every KV head.
@@ -31,6 +34,8 @@ pub struct Config {
     pub spread: Spread,
     pub estimate: bool,
     pub min_prefix: usize,
+    /// Consecutive query tokens of a prefill that share a selection, at most; 1: each has its own.
+    pub tile: usize,
     /// Leave stock devices alone and register named ones (SQZ-CPU).
     pub devices: bool,
     /// Run every supported attention node on our kernels with a trivial index at budget 1 (conformance).
@@ -53,6 +58,7 @@ impl Default for Config {
             spread: Spread::Diag,
             estimate: false,
             min_prefix: DEFAULT_MIN_PREFIX,
+            tile: DEFAULT_TILE,
             devices: false,
             force: false,
             disable: false,
@@ -111,6 +117,12 @@ impl Config {
                 Err(_) => problems.push(format!("GGML_SQUEEZE_MIN_PREFIX={text} is ignored: give a number of tokens")),
             }
         }
+        if let Some(text) = var("TILE") {
+            match text.parse() {
+                Ok(n) if n > 0 => config.tile = n,
+                _ => problems.push(format!("GGML_SQUEEZE_TILE={text} is ignored: give a number of tokens above 0")),
+            }
+        }
         if let Some(text) = var("LOG") {
             match text.parse() {
                 Ok(n) => config.log = n,
@@ -152,6 +164,7 @@ mod tests {
             ("GGML_SQUEEZE_SPREAD", "radius"),
             ("GGML_SQUEEZE_ESTIMATE", "1"),
             ("GGML_SQUEEZE_MIN_PREFIX", "0"),
+            ("GGML_SQUEEZE_TILE", "16"),
             ("GGML_SQUEEZE_DEVICES", "1"),
             ("GGML_SQUEEZE_FORCE", "1"),
             ("GGML_SQUEEZE_DISABLE", "1"),
@@ -162,13 +175,13 @@ mod tests {
         assert_eq!(config.index_paths, ["a.sqz.gguf", "b.sqz.gguf"].map(PathBuf::from));
         assert_eq!(config.status_path, Some(PathBuf::from("status.json")));
         assert_eq!((config.mode, config.spread), (ModeSetting::Mass(0.9), Spread::Radius));
-        assert_eq!((config.min_prefix, config.log), (0, 1));
+        assert_eq!((config.min_prefix, config.tile, config.log), (0, 16, 1));
         assert!(config.estimate && config.devices && config.force && config.disable);
     }
 
     #[test]
     fn unusable_values_are_named_and_ignored() {
-        let names = ["BUDGET", "THRESHOLD", "SPREAD", "MIN_PREFIX", "LOG", "FORCE"];
+        let names = ["BUDGET", "THRESHOLD", "SPREAD", "MIN_PREFIX", "TILE", "LOG", "FORCE"];
         for name in names {
             let key = format!("GGML_SQUEEZE_{name}");
             let (config, problems) = read(&[(&key, "-7x")]);

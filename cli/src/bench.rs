@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{bail, ensure, Context as _, Result};
 use ggml_squeeze::backend;
-use ggml_squeeze::config::{ModeSetting, DEFAULT_BUDGET};
+use ggml_squeeze::config::{ModeSetting, DEFAULT_BUDGET, DEFAULT_TILE};
 use serde::Serialize;
 
 use crate::build_cmd::{self, BuildArgs, ClusterArgs};
@@ -36,6 +36,9 @@ pub struct BenchArgs {
     /// Spread bonus
     #[arg(long, value_enum, default_value = "diag")]
     spread: SpreadArg,
+    /// Query tokens of a prefill that share a selection, at most
+    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [DEFAULT_TILE])]
+    tile: Vec<usize>,
     /// Tokens to generate; 0: no such test
     #[arg(short, long, value_name = "N", default_value_t = 32)]
     n_gen: usize,
@@ -112,8 +115,10 @@ fn time(session: &mut Session<'_>, test: Test) -> Result<f64> {
 
 fn measure(session: &mut Session<'_>, args: &BenchArgs, model: &str) -> Result<Vec<Row>> {
     let mut modes = vec![("dense".to_string(), Attention::Stock)];
-    for b in &args.budgets {
-        modes.push((format!("budget {b}"), Attention::Sparse(ModeSetting::Budget(*b), args.spread.value())));
+    for (b, tile) in args.budgets.iter().flat_map(|b| args.tile.iter().map(move |tile| (*b, *tile))) {
+        let of_tile = if tile == 1 { String::new() } else { format!(" tile {tile}") };
+        let attention = Attention::Sparse(ModeSetting::Budget(b), args.spread.value(), tile);
+        modes.push((format!("budget {b}{of_tile}"), attention));
     }
     modes.push(("ceiling".to_string(), Attention::Free));
     let tests: Vec<Test> =

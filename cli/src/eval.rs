@@ -44,6 +44,9 @@ pub struct EvalArgs {
     /// Add the estimate of dropped clusters
     #[arg(long)]
     estimate: bool,
+    /// Query tokens of a batch that share a selection, at most, of every sparse variant
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1")]
+    tile: Vec<usize>,
     /// Feed answers token by token, as generation does, not in one batch
     #[arg(long)]
     stepwise: bool,
@@ -66,20 +69,22 @@ fn variants(args: &EvalArgs) -> Vec<Variant> {
         Variant { label: "dense f32 again".into(), attention: Attention::Forced },
         Variant { label: "llama.cpp".into(), attention: Attention::Stock },
     ];
-    for spread in args.spread.iter().map(|s| s.value()) {
+    let all = args.spread.iter().flat_map(|spread| args.tile.iter().map(|tile| (spread.value(), *tile)));
+    for (spread, tile) in all {
         let suffix = match spread {
             Spread::Diag => "",
             Spread::Radius => " radius",
             Spread::None => " no spread",
         };
+        let of_tile = if tile == 1 { String::new() } else { format!(" tile {tile}") };
         let modes = [
             args.budgets.iter().map(|b| (format!("budget {b}"), ModeSetting::Budget(*b))).collect::<Vec<_>>(),
             args.threshold.iter().map(|b| (format!("threshold {b}"), ModeSetting::Threshold(*b))).collect(),
             args.mass.iter().map(|m| (format!("mass {m}"), ModeSetting::Mass(*m))).collect(),
         ];
         out.extend(modes.into_iter().flatten().map(|(label, mode)| Variant {
-            label: format!("{label}{suffix}"),
-            attention: Attention::Sparse(mode, spread),
+            label: format!("{label}{suffix}{of_tile}"),
+            attention: Attention::Sparse(mode, spread, tile),
         }));
     }
     out

@@ -7,7 +7,7 @@ use std::io::{self, Write as _};
 use anyhow::Context as _;
 use ggml_squeeze::attention::{cpu, cuda, Element};
 use ggml_squeeze::build::Settings;
-use ggml_squeeze::config::{DEFAULT_BUDGET, DEFAULT_MIN_PREFIX};
+use ggml_squeeze::config::{DEFAULT_BUDGET, DEFAULT_MIN_PREFIX, DEFAULT_TILE};
 use ggml_squeeze::index::FORMAT_VERSION;
 use llama_cpp_sys_2 as sys;
 use serde::Serialize;
@@ -57,6 +57,7 @@ struct Device {
 struct Defaults {
     budget: f32,
     min_prefix: usize,
+    tile: usize,
     clusters: f32,
     sinks: u32,
     window: u32,
@@ -140,6 +141,7 @@ fn report() -> Report {
         defaults: Defaults {
             budget: DEFAULT_BUDGET,
             min_prefix: DEFAULT_MIN_PREFIX,
+            tile: DEFAULT_TILE,
             clusters: settings.cluster_share,
             sinks: settings.n_sink,
             window: settings.n_window,
@@ -182,8 +184,8 @@ fn render(r: &Report) -> String {
     line(
         "defaults",
         format!(
-            "budget {}, from {} tokens on; clusters {}, sinks {}, window {}, {} iterations, seed {}",
-            d.budget, d.min_prefix, d.clusters, d.sinks, d.window, d.iterations, d.seed
+            "budget {}, from {} tokens on, tile {}; clusters {}, sinks {}, window {}, {} iterations, seed {}",
+            d.budget, d.min_prefix, d.tile, d.clusters, d.sinks, d.window, d.iterations, d.seed
         ),
     );
     out

@@ -21,7 +21,8 @@ pub enum Attention {
     Forced,
     /// None at all: what the rest of the model costs.
     Free,
-    Sparse(ModeSetting, Spread),
+    /// With so many query tokens of a prefill sharing a selection, at most.
+    Sparse(ModeSetting, Spread, usize),
 }
 
 impl Attention {
@@ -32,9 +33,10 @@ impl Attention {
             config.force = self == Attention::Forced;
             config.attention_free = self == Attention::Free;
             config.estimate = estimate;
-            if let Attention::Sparse(mode, spread) = self {
+            if let Attention::Sparse(mode, spread, tile) = self {
                 config.mode = mode;
                 config.spread = spread;
+                config.tile = tile;
             }
         });
         backend::reset_stats();

@@ -2,6 +2,7 @@
 //! instead: each sparse FLASH_ATTN_EXT becomes a GGML_OP_CUSTOM node, run by ggml's own threads.
 
 use std::ffi::{c_int, c_void};
+use std::ops::Range;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -13,8 +14,12 @@ use super::runtime::{count, stats, Loaded, Snapshot};
 use super::stats::{log, Reason};
 use super::tensor::{problem, Half, Tensor};
 use crate::attention::cpu::{Memory, Plan};
-use crate::attention::{Array, Binding, Call, Problem, Rotation, Row};
+use crate::attention::{cut, runs, Array, Binding, Call, Problem, Rotation, Row};
 use crate::hadamard;
+
+/// Rows of one sequence from which they are tiles. In time tiles pay from about 4 rows on (benches/prefill.rs); but a draft
+/// to be verified is decode, which shall lose no quality, and has up to 17 rows with llama.cpp's defaults.
+const PREFILL_ROWS: usize = 18;
 
 /// What a custom node does.
 enum Work {
@@ -67,6 +72,7 @@ impl Default for Instance {
 struct Rows {
     key: (usize, usize, usize),
     rows: Arc<[Row]>,
+    tiles: Arc<[Range<usize>]>,
     bindings: Arc<[Binding]>,
     /// Number of the loaded index behind each binding.
     index_numbers: Vec<usize>,
@@ -149,6 +155,37 @@ impl Rewrite {
         });
         !self.shared.failed.load(Ordering::Relaxed)
     }
+}
+
+/// Does a mask of 0 show a cell?
+fn shown(bits: u16) -> bool {
+    bits & 0x7fff == 0
+}
+
+/// Runs of rows of one sequence, cut into tiles of at most `tile` rows. `seen` gives a row's mask.
+fn tiles<'a>(rows: &[Row], n_query: usize, tile: usize, seen: impl Fn(usize) -> &'a [u16]) -> Vec<Range<usize>> {
+    let mut tiles = Vec::new();
+    if tile < 2 {
+        return tiles;
+    }
+    for run in runs(rows, n_query) {
+        // A token sees what the token before it in its sequence sees; one of another sequence does not see that token.
+        let follows = |row: usize| {
+            let (before, own) = (seen(row - 1), seen(row));
+            before.iter().zip(own).all(|(before, own)| shown(*own) | !shown(*before))
+        };
+        let mut start = run.start;
+        for end in run.start + 1..=run.end {
+            if end == run.end || !follows(end) {
+                if end - start >= PREFILL_ROWS {
+                    // The next token comes from the last row's output: it selects for itself.
+                    tiles.extend(cut(start..end - 1, tile));
+                }
+                start = end;
+            }
+        }
+    }
+    tiles
 }
 
 /// Is this a quantised cache that llama.cpp was told not to rotate? Then its rows are not what an index's sketch is of.
@@ -296,7 +333,7 @@ impl Instance {
                 known.len() - 1
             }
         };
-        let Rows { rows, bindings, index_numbers, .. } = &known[at];
+        let Rows { rows, tiles, bindings, index_numbers, .. } = &known[at];
         let Some(&number) = index_numbers.first() else { return Err(Reason::Unbound) };
         if bindings.iter().any(|b| b.index.layer(layer).is_none()) {
             return Err(Reason::Layer);
@@ -306,7 +343,7 @@ impl Instance {
         if !(hadamard::fits(rotation.k, problem.k.ne[0]) && hadamard::fits(rotation.v, problem.v.ne[0])) {
             return Err(Reason::Shape);
         }
-        let (rows_of_call, tiles, bindings) = (rows.clone(), Vec::new().into(), bindings.clone());
+        let (rows_of_call, tiles, bindings) = (rows.clone(), tiles.clone(), bindings.clone());
         let call = Call { problem, layer, rows: rows_of_call, tiles, bindings, selection, rotation };
         let plan = Plan::new(call, self.n_threads, &mut self.memory).map_err(|_| Reason::Kernel)?;
         rewrite.push_plan(node.raw(), plan, false);
@@ -334,17 +371,19 @@ impl Instance {
             return Err(Reason::Mask);
         }
         let shortest = snapshot.indexes.iter().map(|l| l.matcher.index.meta().n_prefix()).min().unwrap_or(usize::MAX);
+        // SAFETY: row i1 of the mask of stream i3, n_kv F16 elements inside its extents (checked above).
+        let seen = |i1: usize, i3: usize| -> &[u16] {
+            unsafe {
+                let row = array.data.add(i1 * array.nb[1] + (i3 % array.ne[3].max(1)) * array.nb[3]);
+                std::slice::from_raw_parts(row.cast(), n_kv)
+            }
+        };
         let mut rows = Vec::with_capacity(n_query * n_stream);
         let mut used: Vec<usize> = Vec::new();
         for i3 in 0..n_stream {
             let stream = key.1 + i3;
             for i1 in 0..n_query {
-                // SAFETY: row i1 of the mask of stream i3, n_kv F16 elements inside its extents (checked above).
-                let seen: &[u16] = unsafe {
-                    let row = array.data.add(i1 * array.nb[1] + (i3 % array.ne[3].max(1)) * array.nb[3]);
-                    std::slice::from_raw_parts(row.cast(), n_kv)
-                };
-                let found = self.row(seen, stream, shortest, snapshot, writes, searches);
+                let found = self.row(seen(i1, i3), stream, shortest, snapshot, writes, searches);
                 rows.push(match found {
                     None => Row::Dense,
                     Some(b) => Row::Sparse(used.iter().position(|&u| u == b).unwrap_or_else(|| {
@@ -367,7 +406,8 @@ impl Instance {
         }
         let bindings: Vec<Binding> = used.iter().map(|&b| self.caches.binding(b, snapshot, n_kv)).collect();
         let index_numbers = used.iter().map(|&b| self.caches.bound[b].index_number).collect();
-        Ok(Rows { key, rows: rows.into(), bindings: bindings.into(), index_numbers })
+        let tiles = tiles(&rows, n_query, snapshot.config.tile, |row| seen(row % n_query, row / n_query)).into();
+        Ok(Rows { key, rows: rows.into(), tiles, bindings: bindings.into(), index_numbers })
     }
 
     fn row(
@@ -379,7 +419,6 @@ impl Instance {
         writes: &Writes,
         searches: &mut usize,
     ) -> Option<usize> {
-        let shown = |bits: u16| bits & 0x7fff == 0;
         let sees_all = |b: &super::cache::Bound| {
             if b.contiguous {
                 let (from, to) = (b.cells[0] as usize, b.cells[b.cells.len() - 1] as usize);

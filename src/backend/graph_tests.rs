@@ -136,3 +136,35 @@ fn types_without_kernels_are_not_read() {
         assert!(super::super::tensor::cache_rows(t, t, 0).is_none());
     }
 }
+
+#[test]
+#[allow(clippy::single_range_in_vec_init)]
+fn tiles_are_of_one_sequence_and_drafts_have_none() {
+    const TILE: usize = 32;
+    let (dense, one, two) = (Row::Dense, Row::Sparse(0), Row::Sparse(1));
+    // Row i sees the prefix, cells 0..4, and of the other cells those of its sequence up to its own, i + 4.
+    let tiles_of = |rows: &[Row], sequence: &[usize]| {
+        let n_kv = rows.len() + 4;
+        let shows = |row: usize, cell: usize| cell < 4 || (cell - 4 <= row && sequence[cell - 4] == sequence[row]);
+        let mask: Vec<u16> =
+            (0..rows.len() * n_kv).map(|i| if shows(i / n_kv, i % n_kv) { 0 } else { 0xfc00 }).collect();
+        tiles(rows, rows.len(), TILE, |row| &mask[row * n_kv..(row + 1) * n_kv])
+    };
+    let n = PREFILL_ROWS;
+    // A prompt, as few tiles as can be, its last row alone; a draft; one token of many sequences that share the prefix's cells.
+    let prompt = 2 * TILE + 3;
+    let tiles_of_prompt = tiles_of(&vec![one; prompt], &vec![0; prompt]);
+    assert_eq!(tiles_of_prompt.len(), 3);
+    assert!(tiles_of_prompt.iter().all(|t| t.len().abs_diff((prompt - 1) / 3) <= 1));
+    assert_eq!((tiles_of_prompt[0].start, tiles_of_prompt[2].end), (0, prompt - 1));
+    assert!(tiles_of(&vec![one; n - 1], &vec![0; n - 1]).is_empty());
+    assert!(tiles_of(&vec![one; 2 * n], &(0..2 * n).collect::<Vec<_>>()).is_empty());
+    // A prompt of one sequence between tokens of others, and between rows of another kind.
+    let mut sequence = vec![0; n + 3];
+    (sequence[0], sequence[n + 1], sequence[n + 2]) = (1, 2, 3);
+    assert_eq!(tiles_of(&vec![one; n + 3], &sequence), [1..n]);
+    for other in [dense, two] {
+        let rows = [vec![other; 2], vec![one; n], vec![other]].concat();
+        assert_eq!(tiles_of(&rows, &vec![0; n + 3]), [2..n + 1]);
+    }
+}
