@@ -248,7 +248,10 @@ impl Capture {
         if good.is_empty() {
             match dense.first() {
                 Some((n, why)) => bail!("no layer of this model can be indexed; layer {n}: {why}"),
-                None => bail!("no attention op of this model reads a KV cache (recurrent or encoder model?)"),
+                None => bail!(
+                    "no attention op of this model reads a KV cache (a recurrent or encoder model, or a cache of type f32, which \
+                     llama.cpp turns to F16 in every graph: use f16)"
+                ),
             }
         }
         Ok((good, dense))

@@ -283,6 +283,23 @@ fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
+/// Two questions whose prefix is not evaluated again, a third for the status line, and an orderly end.
+fn answers_from_restored_slots(run: &mut Running, port: u16, text: &str) {
+    for question in ["What is a cell?", "Why does a token match?"] {
+        let timings = chat(port, text, question);
+        let (cached, new) = (timings["cache_n"].as_u64().unwrap(), timings["prompt_n"].as_u64().unwrap());
+        assert!(cached > 150 && new < 40, "the prefix was evaluated again: {timings}");
+    }
+    // the status file is at most half a second old
+    std::thread::sleep(Duration::from_millis(600));
+    chat(port, text, "And then?");
+    run.signal(Signal::USR1);
+    run.wait_for("squeeze: bound 1 slot");
+    assert!(sparse(&run.said()) >= 2 * 30, "{}", run.said());
+    run.signal(Signal::TERM);
+    assert_eq!(run.end().code(), Some(0), "{}", run.said());
+}
+
 #[test]
 fn a_server_answers_from_restored_slots() {
     let place = Place::new();
@@ -293,19 +310,7 @@ fn a_server_answers_from_restored_slots() {
     {
         let mut run = place.spawn(&[], &args);
         run.wait_for(" of 4 slots");
-        for question in ["What is a cell?", "Why does a token match?"] {
-            let timings = chat(port, &text, question);
-            let (cached, new) = (timings["cache_n"].as_u64().unwrap(), timings["prompt_n"].as_u64().unwrap());
-            assert!(cached > 150 && new < 40, "the prefix was evaluated again: {timings}");
-        }
-        // the status file is at most half a second old
-        std::thread::sleep(Duration::from_millis(600));
-        chat(port, &text, "And then?");
-        run.signal(Signal::USR1);
-        run.wait_for("squeeze: bound 1 slot");
-        assert!(sparse(&run.said()) >= 2 * 30, "{}", run.said());
-        run.signal(Signal::TERM);
-        assert_eq!(run.end().code(), Some(0), "{}", run.said());
+        answers_from_restored_slots(&mut run, port, &text);
     }
 
     // another number of slots, and a folder of the user's
@@ -348,19 +353,7 @@ fn a_quantised_cache_is_restored_and_sparse() {
     let text = std::fs::read_to_string(place.text()).unwrap();
     let mut run = place.spawn(&[], &[&args[..], &types].concat());
     run.wait_for(" of 4 slots");
-    for question in ["What is a cell?", "Why does a token match?"] {
-        let timings = chat(port, &text, question);
-        let (cached, new) = (timings["cache_n"].as_u64().unwrap(), timings["prompt_n"].as_u64().unwrap());
-        assert!(cached > 150 && new < 40, "the prefix was evaluated again: {timings}");
-    }
-    // the status file is at most half a second old
-    std::thread::sleep(Duration::from_millis(600));
-    chat(port, &text, "And then?");
-    run.signal(Signal::USR1);
-    run.wait_for("squeeze: bound 1 slot");
-    assert!(sparse(&run.said()) >= 2 * 30, "{}", run.said());
-    run.signal(Signal::TERM);
-    assert_eq!(run.end().code(), Some(0), "{}", run.said());
+    answers_from_restored_slots(&mut run, port, &text);
 
     let completion = program("llama-completion");
     let more = ["-p", "What is a cell?", "-n", "8", "--temp", "0", "-t", "2", "-st"];
