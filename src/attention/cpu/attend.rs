@@ -1,6 +1,8 @@
 //! Exact softmax attention of one GQA group over a list of cells, as a state (max, sum, sum of values) per head that
 //! merges with others in any grouping.
 
+use std::ops::Range;
+
 use half::f16;
 
 use super::kernels::{accumulate, cap, dots, exp_sum, max, prefetch_far, Source, BLOCK};
@@ -95,6 +97,14 @@ impl Cells<'_> {
     }
 }
 
+/// What a task attends to, by place in the list of cells.
+#[derive(Clone)]
+pub(super) struct Part {
+    pub(super) own: Range<usize>,
+    /// What its thread is likely to attend to next: the first rows are fetched meanwhile.
+    pub(super) ahead: Range<usize>,
+}
+
 /// Up to BLOCK visible cells.
 struct Block {
     n: usize,
@@ -137,6 +147,8 @@ struct Cursor<'a, 'c> {
     n_kv: usize,
     at: usize,
     end: usize,
+    /// Cells wanted after those, so that their first rows are on their way.
+    ahead: Range<usize>,
 }
 
 impl Cursor<'_, '_> {
@@ -183,28 +195,37 @@ impl Cursor<'_, '_> {
                     }
                     block.n += n;
                     self.at += n;
-                    // Rows anywhere in memory, which no hardware foresees: those of the block after this one, too, are
-                    // fetched (measured: a third of the time).
-                    let end = self.end - lookup.binding.always.len();
-                    let (key_bytes, value_bytes) = self.row_bytes;
-                    for cell in &cells[j + n..end.min(j + n + BLOCK)] {
-                        prefetch_far(self.keys.get(*cell as usize), key_bytes);
-                        prefetch_far(self.values.get(*cell as usize), value_bytes);
-                    }
                 }
             }
+        }
+        self.foresee();
+    }
+
+    /// Fetches the rows of the block after this one: they are anywhere in memory, which no hardware foresees (measured: a third
+    /// of the time).
+    fn foresee(&mut self) {
+        let Cells::Listed { lookup, cells, .. } = self.cells else { return };
+        let end = (self.at + BLOCK).min(self.end);
+        let beyond = self.ahead.start..self.ahead.end.min(self.ahead.start + BLOCK - (end - self.at));
+        self.ahead.start = beyond.end;
+        let always = &lookup.binding.always;
+        let (key_bytes, value_bytes) = self.row_bytes;
+        for i in (self.at..end).chain(beyond) {
+            let cell = if i < always.len() { always[i] } else { cells[i - always.len()] } as usize;
+            prefetch_far(self.keys.get(cell), key_bytes);
+            prefetch_far(self.values.get(cell), value_bytes);
         }
     }
 }
 
-/// Adds cells `from..to` of the list to the state. `scratch.q` holds the queries.
+/// Adds a part of the cells to the state. `scratch.q` holds the queries.
 ///
 /// # Safety
 /// The call's arrays are as it says.
 pub(super) unsafe fn attend(
     pair: &Pair<'_>,
     cells: &Cells<'_>,
-    (from, to): (usize, usize),
+    part: Part,
     scratch: &mut Scratch<'_>,
     state: &mut State<'_>,
 ) {
@@ -215,12 +236,12 @@ pub(super) unsafe fn attend(
     let own_masks = p.mask.is_some_and(|m| m.ne[2] > 1) && group > 1;
     if !own_masks {
         // SAFETY: the same contract.
-        return unsafe { sweep(pair, 0, cells, (from, to), q, s, state) };
+        return unsafe { sweep(pair, 0, cells, part, q, s, state) };
     }
     for g in 0..group {
         let q = &q[g * p.q.ne[0]..(g + 1) * p.q.ne[0]];
         // SAFETY: the same contract.
-        unsafe { sweep(pair, g, cells, (from, to), q, s, &mut state.head(g)) };
+        unsafe { sweep(pair, g, cells, part.clone(), q, s, &mut state.head(g)) };
     }
 }
 
@@ -229,7 +250,7 @@ unsafe fn sweep(
     pair: &Pair<'_>,
     g: usize,
     cells: &Cells<'_>,
-    (from, to): (usize, usize),
+    part: Part,
     q: &[f32],
     s: &mut [f32],
     state: &mut State<'_>,
@@ -242,8 +263,9 @@ unsafe fn sweep(
         row_bytes: (p.k_type.row_bytes(p.q.ne[0]), p.v_type.row_bytes(p.v.ne[0])),
         mask: pair.mask(g),
         n_kv: p.k.ne[1],
-        at: from,
-        end: to,
+        at: part.own.start,
+        end: part.own.end,
+        ahead: part.ahead,
     };
     let (mut block, mut next) = (Block::new(), Block::new());
     cursor.fill(&mut block);

@@ -25,7 +25,15 @@ impl Lookup<'_> {
         self.binding.index.meta().n_sink as usize
     }
 
-    /// Scores of clusters `from..to`. `scratch.q` holds the queries.
+    /// Makes of the queries in `scratch.q` what scoring needs: those in the index's plain basis, and their squares.
+    pub(super) fn prepare(&self, scratch: &mut Scratch<'_>) {
+        scratch.plain.copy_from_slice(scratch.q);
+        let block = self.pair.call.rotation.k;
+        scratch.plain.chunks_exact_mut(self.pair.problem().q.ne[0]).for_each(|q| hadamard::rotate(q, block));
+        scratch.q2.iter_mut().zip(&*scratch.plain).for_each(|(q2, q)| *q2 = q * q);
+    }
+
+    /// Scores of clusters `from..to`, once the queries are prepared.
     ///
     /// # Safety
     /// Nobody else uses these clusters' scores meanwhile.
@@ -39,18 +47,6 @@ impl Lookup<'_> {
         let variances = Rows::packed(self.view.variances[first * dk..last * dk].as_ptr(), dk);
         // The scale is already in q; the soft-cap's division is taken back.
         let undo = if p.softcap == 0.0 { 1.0 } else { p.softcap };
-        // The index is in the plain basis.
-        let q = match self.pair.call.rotation.k {
-            0 => &*scratch.q,
-            block => {
-                scratch.plain.copy_from_slice(scratch.q);
-                scratch.plain.chunks_exact_mut(dk).for_each(|q| hadamard::rotate(q, block));
-                &*scratch.plain
-            }
-        };
-        if spread_kind != Spread::None {
-            scratch.q2.iter_mut().zip(q).for_each(|(q2, q)| *q2 = q * q);
-        }
         for start in (from..to).step_by(BLOCK) {
             let n = BLOCK.min(to - start);
             let tile = n.next_multiple_of(4);
@@ -65,7 +61,7 @@ impl Lookup<'_> {
             // SAFETY: each address is that of a row inside the view's slices, checked above by slicing.
             unsafe {
                 let (rows, next) = block(centroids);
-                dots(path, Source::F16, q, dk, &rows[..tile], &next[..after.len()], scratch.s);
+                dots(path, Source::F16, scratch.plain, dk, &rows[..tile], &next[..after.len()], scratch.s);
                 if spread_kind == Spread::Diag {
                     let (rows, next) = block(variances);
                     dots(path, Source::U8, scratch.q2, dk, &rows[..tile], &next[..after.len()], scratch.s2);

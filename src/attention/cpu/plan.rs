@@ -5,10 +5,11 @@
 //! is no barrier: while one thread selects, the next is busy with another pair. Fused, for many: a task is all of a pair.
 //! A pair is a (row, KV head). Rows that share a selection are no pairs: `tile` cuts them into tasks, which come first.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
-use super::attend::{attend, estimate, Cells, State};
+use super::attend::{attend, estimate, Cells, Part, State};
 use super::check::check;
 use super::lookup::Lookup;
 use super::memory::{Carver, Memory, Pair, ScratchLayout, Space, SpaceLayout, Workspace};
@@ -190,6 +191,7 @@ impl Plan {
                     (self.sparse.len() * n_head_kv * self.n_chunk, self.single.len() * n_head_kv * self.n_part)
                 }
             };
+            let mut prepared = None;
             // Numbers of tasks by kind, in order: all that scores comes before all that attends.
             let counts = [self.tiles.n_score(), n_score, self.tiles.n_attend(), n_attend];
             loop {
@@ -199,7 +201,7 @@ impl Plan {
                 unsafe {
                     match (kind, self.schedule) {
                         (Some(0), _) => self.tiles.score(self.shared(), task, ith),
-                        (Some(1), _) => self.score(task, ith),
+                        (Some(1), _) => self.score(task, ith, &mut prepared),
                         (Some(2), _) => self.tiles.attend(self.shared(), task, ith),
                         (Some(_), Schedule::Fused) => self.whole(task, ith),
                         (Some(_), Schedule::Split) => self.attend(task, ith),
@@ -300,20 +302,23 @@ impl Plan {
         self.progress.lookups[pair].select(keys);
     }
 
-    /// Split: scores of one chunk of clusters.
+    /// Split: scores of one chunk of clusters. `prepared` is the sparse pair whose queries are in this thread's scratch.
     ///
     /// # Safety
     /// As for `run`; the same holds for the two below.
-    unsafe fn score(&self, task: usize, ith: usize) {
+    unsafe fn score(&self, task: usize, ith: usize, prepared: &mut Option<usize>) {
         let (sparse_pair, chunk) = (task / self.n_chunk, task % self.n_chunk);
         let (row, head_kv) = (self.sparse[sparse_pair / self.n_head_kv()], sparse_pair % self.n_head_kv());
         let Some(lookup) = self.lookup(self.pair(row, head_kv), sparse_pair) else { return };
         // SAFETY: chunks are disjoint; the last one done of a pair finds all of its scores (acquire below).
         unsafe {
             let (mut scratch, _) = self.scratch.open(&self.memory, self.scratch_at + ith * self.scratch.bytes);
-            lookup.pair.load_query(scratch.q);
-            let (from, to) = part(lookup.n_cluster(), chunk, self.n_chunk);
-            lookup.score(&mut scratch, from, to);
+            if prepared.replace(sparse_pair) != Some(sparse_pair) {
+                lookup.pair.load_query(scratch.q);
+                lookup.prepare(&mut scratch);
+            }
+            let Range { start, end } = part(lookup.n_cluster(), chunk, self.n_chunk);
+            lookup.score(&mut scratch, start, end);
             if chunk == 0 {
                 lookup.score_sinks(&mut scratch);
             }
@@ -345,7 +350,11 @@ impl Plan {
             let cells = self.cells(lookup);
             let n_cut = self.n_part - self.call.selection.estimate as usize;
             match &cells {
-                _ if n < n_cut => attend(&pair, &cells, part(cells.len(), n, n_cut), &mut scratch, &mut own),
+                _ if n < n_cut => {
+                    let range = |n: usize| if n < n_cut { part(cells.len(), n, n_cut) } else { 0..0 };
+                    let part = Part { own: range(n), ahead: range(n + self.n_threads) };
+                    attend(&pair, &cells, part, &mut scratch, &mut own);
+                }
                 Cells::Listed { lookup, kept, .. } => estimate(lookup, kept, &mut scratch, &mut own),
                 Cells::All(_) => {}
             }
@@ -368,6 +377,7 @@ impl Plan {
             pair.load_query(scratch.q);
             let lookup = self.lookup(pair, ith);
             if let Some(lookup) = &lookup {
+                lookup.prepare(&mut scratch);
                 lookup.score(&mut scratch, 0, lookup.n_cluster());
                 lookup.score_sinks(&mut scratch);
                 self.select(lookup);
@@ -378,7 +388,7 @@ impl Plan {
             if let (Cells::Listed { lookup, kept, .. }, true) = (&cells, self.call.selection.estimate) {
                 estimate(lookup, kept, &mut scratch, &mut state);
             }
-            attend(&pair, &cells, (0, cells.len()), &mut scratch, &mut state);
+            attend(&pair, &cells, Part { own: 0..cells.len(), ahead: 0..0 }, &mut scratch, &mut state);
             state.finish(&pair);
         }
     }
@@ -390,6 +400,6 @@ fn partial_bytes(p: &Problem) -> usize {
 }
 
 /// Part `i` of `n` of `0..len`.
-fn part(len: usize, i: usize, n: usize) -> (usize, usize) {
-    (len * i / n, len * (i + 1) / n)
+fn part(len: usize, i: usize, n: usize) -> Range<usize> {
+    len * i / n..len * (i + 1) / n
 }
