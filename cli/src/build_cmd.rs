@@ -249,17 +249,15 @@ fn tolerance(sketch: &SketchParts, tokens: &[i32]) -> Result<f32> {
 
 fn meta(model: &Model, args: &BuildArgs, settings: &Settings, tokens: Vec<i32>) -> Result<IndexMeta> {
     let architecture = model.meta("general.architecture").unwrap_or_default();
-    let number = |key: &str| model.meta(&format!("{architecture}.{key}")).and_then(|v| v.parse::<f32>().ok());
     Ok(IndexMeta {
         model: ModelId {
             name: model.meta("general.name").unwrap_or_default(),
             fingerprint: fingerprint::of_model(model.path())?,
-            architecture: architecture.clone(),
+            architecture,
         },
         rope: Rope {
             kind: model.rope_type(),
-            // llama.cpp's own default where the file has none.
-            freq_base: args.model.rope.rope_freq_base.or(number("rope.freq_base")).unwrap_or(10000.0),
+            freq_base: args.model.rope.rope_freq_base.unwrap_or(model.rope_freq_base()),
             freq_scale: args.model.rope.freq_scale().unwrap_or(model.rope_freq_scale()),
         },
         n_layer: model.n_layer(),

@@ -5,9 +5,12 @@ use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::path::PathBuf;
 
-use anyhow::Context as _;
+use anyhow::{ensure, Context as _};
 use ggml_squeeze::index::{Calibration, Index, LayerView, FORMAT_VERSION};
 use serde::Serialize;
+
+use crate::llama;
+use crate::verify::{self, Check};
 
 #[derive(clap::Args, Clone, Debug)]
 pub struct InspectArgs {
@@ -17,17 +20,33 @@ pub struct InspectArgs {
     /// Print the same data as JSON
     #[arg(long)]
     pub json: bool,
+    /// Say too whether the index fits a model; a status of 1 if not
+    #[arg(long, requires = "model")]
+    pub verify: bool,
+    /// Model to compare with (GGUF)
+    #[arg(short, long, value_name = "FILE", requires = "verify")]
+    pub model: Option<PathBuf>,
 }
 
 /// Prints the index to stdout.
 pub fn run(args: InspectArgs) -> anyhow::Result<()> {
     let index = Index::open(&args.file).with_context(|| format!("cannot inspect {}", args.file.display()))?;
-    let text = if args.json { render_json(&index)? } else { render(&index) };
+    let fit = match &args.model {
+        Some(model) => Some(verify::checks(index.meta(), &llama::Model::load(model)?)?),
+        None => None,
+    };
+    let text = match args.json {
+        true => render_json(&index, fit.as_deref())?,
+        false => render(&index) + &fit.as_deref().map(verify::render).unwrap_or_default(),
+    };
     match io::stdout().write_all(text.as_bytes()) {
         // `sqz inspect ... | head` is no failure.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        result => result.context("cannot write to stdout"),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => (),
+        result => result.context("cannot write to stdout")?,
     }
+    let wrong: Vec<&str> = fit.iter().flatten().filter(|c| !c.fits).map(|c| c.what).collect();
+    ensure!(wrong.is_empty(), "{} does not fit the model: other {}", args.file.display(), wrong.join(", "));
+    Ok(())
 }
 
 #[derive(Serialize)]
@@ -45,6 +64,8 @@ struct Report {
     layers: Vec<Layer>,
     total: Total,
     dense_layers: Vec<Dense>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fit: Option<Vec<Check>>,
 }
 
 #[derive(Serialize)]
@@ -194,6 +215,7 @@ fn report(index: &Index) -> Report {
         },
         layers,
         dense_layers: meta.dense_layers.iter().map(|(l, r)| Dense { layer: *l, reason: r.clone() }).collect(),
+        fit: None,
     }
 }
 
@@ -234,8 +256,8 @@ fn shown(rows: &[Calibration]) -> Vec<&Calibration> {
 }
 
 /// The index as JSON, with a final newline.
-pub fn render_json(index: &Index) -> anyhow::Result<String> {
-    Ok(serde_json::to_string_pretty(&report(index))? + "\n")
+pub fn render_json(index: &Index, fit: Option<&[Check]>) -> anyhow::Result<String> {
+    Ok(serde_json::to_string_pretty(&Report { fit: fit.map(<[Check]>::to_vec), ..report(index) })? + "\n")
 }
 
 /// The index as text for people.
@@ -322,7 +344,7 @@ fn layer_table(report: &Report) -> String {
 }
 
 /// A table as llama-bench prints them: right-aligned, also valid Markdown.
-fn table(head: &[String], rows: Vec<Vec<String>>) -> String {
+pub fn table(head: &[String], rows: Vec<Vec<String>>) -> String {
     let width = |i: usize| rows.iter().chain([&head.to_vec()]).map(|row| row[i].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..head.len()).map(width).collect();
     let line = |row: &[String]| {
@@ -347,8 +369,8 @@ fn size(bytes: u64) -> String {
     }
 }
 
-/// Text from a file may hold escape sequences that a terminal would obey.
-fn clean(text: &str) -> String {
+/// Text from a file may hold escape sequences that a terminal would obey: those written out.
+pub fn clean(text: &str) -> String {
     text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
 }
 
@@ -423,7 +445,7 @@ mod tests {
     #[test]
     fn json_has_the_same_data() {
         let index = index(&parts());
-        let json: serde_json::Value = serde_json::from_str(&render_json(&index).unwrap()).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&render_json(&index, None).unwrap()).unwrap();
         assert_eq!(json["prefix"]["clustered"], 159);
         assert_eq!(json["model"]["fingerprint"].as_str().unwrap().len(), 64);
         assert_eq!(json["layers"][1]["size_max"], 155);
@@ -465,10 +487,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("model.gguf");
         std::fs::write(&file, "not a GGUF").unwrap();
-        let error = run(InspectArgs { file: file.clone(), json: false }).unwrap_err();
+        let error = run(InspectArgs { file: file.clone(), json: false, verify: false, model: None }).unwrap_err();
         let text = format!("{error:#}");
         assert!(text.contains("model.gguf") && text.contains("not a GGUF file"), "{text}");
         write(&file, &parts()).unwrap();
-        run(InspectArgs { file, json: true }).unwrap();
+        run(InspectArgs { file, json: true, verify: false, model: None }).unwrap();
     }
 }

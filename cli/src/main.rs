@@ -50,6 +50,7 @@ impl Command {
         let start = || llama::start(verbose);
         match self {
             Command::Run(args) => return run::run(&args, verbose).map(ExitCode::from),
+            Command::Inspect(args) if args.model.is_some() => start().and_then(|()| inspect::run(args)),
             Command::Inspect(args) => inspect::run(args),
             Command::Build(args) => start().and_then(|()| build_cmd::run(&args)),
             Command::Facts(args) => start().and_then(|()| facts::run(&args)),

@@ -39,6 +39,27 @@ fn build_says_what_is_wrong_and_what_to_do() {
 }
 
 #[test]
+fn an_index_is_verified_against_a_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let index = build(folder.path(), &text(900), &["--rope-freq-base", "12345"]);
+    let verify = |index: &Path, model: &Path| {
+        sqz(&["inspect", index.to_str().unwrap(), "--verify", "-m", model.to_str().unwrap()])
+    };
+    let rope = verify(&index, &model());
+    assert!(!rope.status.success() && stderr(&rope).contains("other RoPE base"), "{}", stderr(&rope));
+    let index = build(folder.path(), &text(900), &[]);
+    let own = verify(&index, &model());
+    assert!(own.status.success(), "{}", stderr(&own));
+    assert!(String::from_utf8_lossy(&own.stdout).ends_with("the index fits this model\n"));
+    let other = verify(&index, &model_file("gemma3-270m.gguf"));
+    assert!(
+        !other.status.success() && stderr(&other).contains("other architecture, layers, weights"),
+        "{}",
+        stderr(&other)
+    );
+}
+
+#[test]
 fn a_host_with_a_bad_index_lives_and_stays_dense() {
     let folder = tempfile::tempdir().unwrap();
     let good = build(folder.path(), &text(900), &[]);

@@ -68,6 +68,12 @@ impl Model {
         unsafe { sys::llama_model_rope_freq_scale_train(self.raw.as_ptr()) }
     }
 
+    /// Base of RoPE, by llama.cpp's own default where the file has none.
+    pub fn rope_freq_base(&self) -> f32 {
+        let architecture = self.meta("general.architecture").unwrap_or_default();
+        self.meta(&format!("{architecture}.rope.freq_base")).and_then(|v| v.parse().ok()).unwrap_or(10000.0)
+    }
+
     pub fn is_end(&self, token: i32) -> bool {
         // SAFETY: as above; an unknown token is answered with false.
         unsafe { sys::llama_vocab_is_eog(self.vocab(), token) }
