@@ -115,7 +115,8 @@ fn index(shape: Shape, k: &[f16], v: &[f16], n_layer: u32) -> Index {
         v: v.to_vec(),
         q,
     };
-    let (parts, scores) = build::index_layer(&capture, &settings, &|_| ()).expect("the capture is well formed");
+    let build::BuiltLayer { parts, scores, .. } =
+        build::index_layer(&capture, &settings, &|_| ()).expect("the capture is well formed");
     let n_prefix = k.len() / (shape.n_head_kv * shape.dim);
     let mut meta = sample_parts(1, 200, 1, shape.n_head_kv, shape.dim, shape.dim, 4).meta;
     meta.tokens = (0..n_prefix as i32).collect();

@@ -206,7 +206,7 @@ fn cluster(capture: &Capture, settings: &Settings, parts: &mut IndexParts) -> Re
             }
         };
         worst = worst.max(error);
-        let (made, score) = build::index_layer(&layer, settings, &|part| phase.part(i, part))
+        let made = build::index_layer(&layer, settings, &|part| phase.part(i, part))
             .with_context(|| format!("cannot index layer {number}"))?;
         if parts.layers.is_empty() {
             parts.sketch = build::sketch(&layer).with_context(|| format!("cannot sketch layer {number}"))?;
@@ -214,8 +214,8 @@ fn cluster(capture: &Capture, settings: &Settings, parts: &mut IndexParts) -> Re
         } else if probe_layers.contains(&number) {
             parts.probes.push(build::probe(&layer, &probe_tokens));
         }
-        parts.layers.push(made);
-        scores.push(score);
+        parts.layers.push(made.parts);
+        scores.push(made.scores);
         phase.step(i + 1);
     }
     let seconds = phase.end();

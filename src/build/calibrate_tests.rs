@@ -1,7 +1,7 @@
 //! Scores against the definition in f64, and thresholds on real and synthetic scores.
 
 use super::super::tests::{capture, settings};
-use super::super::{index_layer, LayerCapture};
+use super::super::{index_layer, BuiltLayer, LayerCapture};
 use super::*;
 use crate::index::LayerParts;
 
@@ -38,7 +38,7 @@ fn defined(parts: &LayerParts, c: &LayerCapture, n_sink: usize, w: usize, h: usi
 fn scores_follow_the_definition() {
     for n_sink in [0, 6] {
         let c = capture(260, 11, 2, 3, 4);
-        let (parts, scores) = index_layer(&c, &settings(n_sink, 11), &|_| ()).unwrap();
+        let BuiltLayer { parts, scores, .. } = index_layer(&c, &settings(n_sink, 11), &|_| ()).unwrap();
         for (h, w) in [(0, 0), (1, 0), (0, 10), (1, 7)] {
             let (score, mass, sink_mass) = defined(&parts, &c, n_sink as usize, w, h);
             let range = scores.clusters(h, w);
@@ -55,7 +55,7 @@ fn scores_follow_the_definition() {
 fn large_logits_do_not_overflow() {
     let mut c = capture(260, 5, 1, 2, 4);
     c.q.iter_mut().for_each(|x| *x *= 1e4);
-    let (_, scores) = index_layer(&c, &settings(6, 5), &|_| ()).unwrap();
+    let scores = index_layer(&c, &settings(6, 5), &|_| ()).unwrap().scores;
     assert!(scores.scores.iter().all(|x| x.is_finite()));
     for w in 0..5 {
         let mass: f32 = scores.mass[scores.clusters(0, w)].iter().map(|x| x.to_f32()).sum();
@@ -136,8 +136,9 @@ fn equal_scores_stand_or_fall_together() {
 
 #[test]
 fn thresholds_fall_and_kept_follows_the_budget() {
-    let scores: Vec<LayerScores> =
-        (0..3).map(|seed| index_layer(&capture(2100, 30, 2, 2, seed), &settings(16, 30), &|_| ()).unwrap().1).collect();
+    let scores: Vec<LayerScores> = (0..3)
+        .map(|seed| index_layer(&capture(2100, 30, 2, 2, seed), &settings(16, 30), &|_| ()).unwrap().scores)
+        .collect();
     let table = calibrate(&scores, &BUDGETS);
     assert_eq!(table.iter().map(|r| r.budget).collect::<Vec<_>>(), BUDGETS);
     for pair in table.windows(2) {

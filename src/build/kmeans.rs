@@ -12,6 +12,16 @@ use crate::random::split_mix;
 const BLOCK: usize = 128;
 const TILE: usize = 512;
 
+/// Points in clusters.
+pub(super) struct Clustering {
+    /// Cluster of each point.
+    pub label: Vec<u32>,
+    /// `[n_cluster][dim]`, the directions that the points were last compared with.
+    pub direction: Vec<f32>,
+    /// Multiply-adds of the assignments.
+    pub products: u64,
+}
+
 /// `rows` scaled to unit length in place; a row of zeros stays as it is.
 pub(super) fn normalise(rows: &mut [f32], dim: usize) {
     for row in rows.chunks_exact_mut(dim) {
@@ -25,8 +35,7 @@ pub(super) fn normalise(rows: &mut [f32], dim: usize) {
 /// Clusters `unit` (`[n][dim]`, unit rows) into `n_cluster <= n` clusters with at most `iterations >= 1` assignments.
 /// `step(k)` is told that k more of them are done; they add up to `iterations`.
 ///
-/// Returns the cluster of each point (clusters numbered by their first point, none empty) and the directions
-/// `[n_cluster][dim]` that the points were last compared with.
+/// Clusters are numbered by their first point; none is empty.
 pub(super) fn cluster(
     unit: &[f32],
     dim: usize,
@@ -34,8 +43,9 @@ pub(super) fn cluster(
     iterations: u32,
     seed: u64,
     step: &(dyn Fn(u32) + Sync),
-) -> (Vec<u32>, Vec<f32>) {
+) -> Clustering {
     let n = unit.len() / dim;
+    let mut products = 0;
     let mut direction = Vec::with_capacity(n_cluster * dim);
     for i in sample(n, n_cluster, seed) {
         direction.extend_from_slice(&unit[i * dim..(i + 1) * dim]);
@@ -45,6 +55,7 @@ pub(super) fn cluster(
     let mut previous = Vec::new();
     for done in 1..=iterations {
         assign(unit, &direction, dim, &mut label, &mut similarity);
+        products += (n * n_cluster * dim) as u64;
         repair(unit, dim, n_cluster, &mut label, &similarity);
         if done == iterations || label == previous {
             step(1 + iterations - done);
@@ -54,7 +65,8 @@ pub(super) fn cluster(
         update(unit, dim, &label, &mut direction);
         step(1);
     }
-    by_first_point(label, &direction, dim)
+    let (label, direction) = by_first_point(label, &direction, dim);
+    Clustering { label, direction, products }
 }
 
 /// Points of each cluster: `order[start[c]..start[c + 1]]`, ascending.
@@ -88,9 +100,10 @@ fn sample(n: usize, n_take: usize, seed: u64) -> Vec<usize> {
 }
 
 /// Nearest direction of every point, and the cosine with it; of equals the lowest number.
-fn assign(unit: &[f32], direction: &[f32], dim: usize, label: &mut [u32], similarity: &mut [f32]) {
+pub(super) fn assign(unit: &[f32], direction: &[f32], dim: usize, label: &mut [u32], similarity: &mut [f32]) {
+    let scratch = label.len().min(BLOCK) * (direction.len() / dim).min(TILE);
     label.par_chunks_mut(BLOCK).zip(similarity.par_chunks_mut(BLOCK)).zip(unit.par_chunks(BLOCK * dim)).for_each_init(
-        || vec![0.0f32; BLOCK * TILE],
+        || vec![0.0f32; scratch],
         |dots, ((label, similarity), rows)| {
             similarity.fill(f32::NEG_INFINITY);
             for (t, tile) in direction.chunks(TILE * dim).enumerate() {
@@ -127,7 +140,7 @@ fn first_maximum(x: &[f32]) -> (usize, f32) {
 }
 
 /// Moves every direction to the normalised mean of its points. Points that cancel out leave it where it was.
-fn update(unit: &[f32], dim: usize, label: &[u32], direction: &mut [f32]) {
+pub(super) fn update(unit: &[f32], dim: usize, label: &[u32], direction: &mut [f32]) {
     let (start, order) = group(label, direction.len() / dim);
     direction.par_chunks_mut(dim).enumerate().with_min_len(16).for_each(|(c, direction)| {
         let mut sum = vec![0.0f32; dim];
@@ -143,7 +156,7 @@ fn update(unit: &[f32], dim: usize, label: &[u32], direction: &mut [f32]) {
 }
 
 /// Gives every empty cluster half of the largest one: the points nearest to its least typical point.
-fn repair(unit: &[f32], dim: usize, n_cluster: usize, label: &mut [u32], similarity: &[f32]) {
+pub(super) fn repair(unit: &[f32], dim: usize, n_cluster: usize, label: &mut [u32], similarity: &[f32]) {
     let mut size = vec![0u32; n_cluster];
     label.iter().for_each(|&c| size[c as usize] += 1);
     let row = |i: usize| &unit[i * dim..(i + 1) * dim];
@@ -228,7 +241,7 @@ mod tests {
             let pool = gaussian(kinds * dim, seed);
             let mut unit: Vec<f32> = (0..n).flat_map(|i| pool[i % kinds * dim..][..dim].to_vec()).collect();
             normalise(&mut unit, dim);
-            let (label, _) = cluster(&unit, dim, c, iterations, seed, &|_| ());
+            let label = cluster(&unit, dim, c, iterations, seed, &|_| ()).label;
             prop_assert!(sizes(&label, c).iter().all(|&s| s > 0));
             let mut seen = 0;
             for &l in &label {
@@ -275,8 +288,8 @@ mod tests {
         for value in [0.0, 1.0] {
             let mut unit = vec![value; 50 * 3];
             normalise(&mut unit, 3);
-            assert!(sizes(&cluster(&unit, 3, 50, 4, 0, &|_| ()).0, 50).iter().all(|&s| s == 1));
-            let spread = sizes(&cluster(&unit, 3, 8, 4, 0, &|_| ()).0, 8);
+            assert!(sizes(&cluster(&unit, 3, 50, 4, 0, &|_| ()).label, 50).iter().all(|&s| s == 1));
+            let spread = sizes(&cluster(&unit, 3, 8, 4, 0, &|_| ()).label, 8);
             assert!(spread.iter().all(|&s| (4..=13).contains(&s)), "{spread:?}");
         }
     }
@@ -286,7 +299,7 @@ mod tests {
         let (n, dim, c) = (600, 16, 30);
         let mut unit = gaussian(n * dim, 3);
         normalise(&mut unit, dim);
-        let (label, direction) = cluster(&unit, dim, c, 7, 5, &|_| ());
+        let Clustering { label, direction, .. } = cluster(&unit, dim, c, 7, 5, &|_| ());
         let (mut again, mut similarity) = (vec![0; n], vec![0.0; n]);
         assign(&unit, &direction, dim, &mut again, &mut similarity);
         assert_eq!(label, again);
@@ -298,7 +311,7 @@ mod tests {
         let mut unit = gaussian(n * dim, 11);
         normalise(&mut unit, dim);
         let tightness = |iterations| {
-            let (_, direction) = cluster(&unit, dim, c, iterations, 1, &|_| ());
+            let direction = cluster(&unit, dim, c, iterations, 1, &|_| ()).direction;
             let (mut label, mut similarity) = (vec![0; n], vec![0.0; n]);
             assign(&unit, &direction, dim, &mut label, &mut similarity);
             similarity.iter().sum::<f32>() / n as f32
@@ -320,7 +333,7 @@ mod tests {
         normalise(&mut unit, dim);
         // Three times as many clusters: a random start then touches (nearly) every planted one, and no found cluster
         // may mix two of them.
-        let (label, _) = cluster(&unit, dim, 6 * planted, 10, 1, &|_| ());
+        let label = cluster(&unit, dim, 6 * planted, 10, 1, &|_| ()).label;
         let (start, order) = group(&label, 6 * planted);
         let mixed = start.windows(2).filter(|w| {
             let points = &order[w[0]..w[1]];
@@ -334,9 +347,15 @@ mod tests {
         let mut unit = gaussian(40 * 4, 1);
         normalise(&mut unit, 4);
         let total = std::sync::atomic::AtomicU32::new(0);
-        cluster(&unit, 4, 3, 500, 1, &|k| {
+        let made = cluster(&unit, 4, 3, 500, 1, &|k| {
             total.fetch_add(k, std::sync::atomic::Ordering::Relaxed);
         });
         assert_eq!(total.into_inner(), 500);
+        let one = 40 * 3 * 4;
+        assert!(
+            made.products >= one && made.products < 100 * one && made.products.is_multiple_of(one),
+            "{}",
+            made.products
+        );
     }
 }

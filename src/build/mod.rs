@@ -8,8 +8,11 @@ mod calibrate;
 mod error;
 mod kmeans;
 mod matmul;
+#[doc(hidden)]
+pub mod sample;
 mod sketch;
 mod summary;
+mod topdown;
 
 use std::sync::{Mutex, PoisonError};
 
@@ -23,11 +26,12 @@ pub use sketch::{cache_blocks, probe, probe_tokens, sketch, sketch_margin, Sketc
 use crate::index::{LayerParts, LayerShape};
 use crate::random::split_mix;
 use summary::{HeadParts, Rows};
+use topdown::Plan;
 
 /// Number of what this code makes of a capture: part of the key under which an index is cached. Raise it with every change
 /// that gives other bytes for the same text and model, one in the program that captures included; the hash that
 /// `tests::the_bytes_of_this_version` pins tells when.
-pub const BUILD_VERSION: u32 = 1;
+pub const BUILD_VERSION: u32 = 2;
 
 /// How to build.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,6 +45,8 @@ pub struct Settings {
     /// Assignments of every key to its nearest centroid, at least 1.
     pub iterations: u32,
     pub seed: u64,
+    /// Coarse clusters per KV head, at most one per fine cluster; 0: none. `None`: as many as suit the prefix.
+    pub n_coarse: Option<u32>,
     /// Worker threads; the index does not depend on their number.
     pub n_threads: usize,
 }
@@ -53,6 +59,7 @@ impl Default for Settings {
             cluster_share: 0.05,
             iterations: 10,
             seed: 0,
+            n_coarse: None,
             n_threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
         }
     }
@@ -114,10 +121,20 @@ impl LayerCapture {
     }
 }
 
-/// Clusters one layer and scores its clusters with the window's queries.
+/// One layer of an index.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BuiltLayer {
+    pub parts: LayerParts,
+    pub scores: LayerScores,
+    /// Multiply-adds of the comparisons of keys with centroids: what clustering costs.
+    pub products: u64,
+}
+
+/// Clusters one layer and scores its clusters with the window's queries. Long prefixes are clustered top down and get a
+/// hierarchy ([`Settings::n_coarse`]).
 ///
 /// `progress` gets the share done, rising to 1; it is called from worker threads, one call at a time. The result is
-/// the same whatever `n_threads`. There is no hierarchy (`n_coarse` is 0).
+/// the same whatever `n_threads`.
 ///
 /// # Errors
 /// `Setting`; `TooShort` if no key lies between sinks and window; `Shape` and `NonFinite` for a bad capture; `Threads`.
@@ -125,7 +142,7 @@ pub fn index_layer(
     capture: &LayerCapture,
     settings: &Settings,
     progress: &(dyn Fn(f32) + Sync),
-) -> Result<(LayerParts, LayerScores), BuildError> {
+) -> Result<BuiltLayer, BuildError> {
     check_settings(settings)?;
     let n_threads = settings.n_threads.max(1);
     let pool = rayon::ThreadPoolBuilder::new()
@@ -141,7 +158,7 @@ fn index_layer_here(
     capture: &LayerCapture,
     settings: &Settings,
     progress: &(dyn Fn(f32) + Sync),
-) -> Result<(LayerParts, LayerScores), BuildError> {
+) -> Result<BuiltLayer, BuildError> {
     let n_prefix = capture.checked_prefix()?;
     check_queries(capture, settings)?;
     let (n_sink, n_window) = (settings.n_sink as usize, settings.n_window as usize);
@@ -151,33 +168,60 @@ fn index_layer_here(
     }
     let n = n_prefix - n_sink - n_window;
     let n_cluster = ((settings.cluster_share as f64 * n as f64).round() as usize).clamp(1, n);
+    let plan = Plan {
+        n_cluster,
+        n_coarse: settings.n_coarse.map_or_else(|| topdown::n_coarse(n), |c| c as usize).min(n_cluster),
+        iterations: settings.iterations,
+    };
 
-    let total = capture.n_head_kv as f32 * settings.iterations as f32;
-    let done = Mutex::new(0u64);
-    let step = |k: u32| {
+    let total = capture.n_head_kv as f32;
+    let done = Mutex::new(0.0f64);
+    let step = |share: f64| {
         let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
-        *done += k as u64;
-        progress(*done as f32 / total);
+        *done += share;
+        progress((*done as f32 / total).min(1.0));
     };
-    let head = |h: u32| -> HeadParts {
-        let (dk, dv) = (capture.head_dim_k as usize, capture.head_dim_v as usize);
-        let (row_k, row_v, h_k, h_v) = (capture.row_k(), capture.row_v(), h as usize * dk, h as usize * dv);
-        let keys = Rows { data: &capture.k, stride: row_k, column: h_k, dim: dk, first: n_sink };
-        let values = Rows { data: &capture.v, stride: row_v, column: h_v, dim: dv, first: n_sink };
-        let mut unit: Vec<f32> = (0..n).flat_map(|i| keys.row(i).iter().map(|x| x.to_f32())).collect();
-        kmeans::normalise(&mut unit, dk);
-        let mut seed = settings.seed ^ (((capture.layer as u64) << 32) | h as u64);
-        let seed = split_mix(&mut seed);
-        let (label, _) = kmeans::cluster(&unit, dk, n_cluster, settings.iterations, seed, &step);
-        summary::summarise(keys, values, &label, n_cluster)
+    let head = |h: u32| -> (HeadParts, u64) {
+        let (keys, values) = head_rows(capture, h, n_sink);
+        let unit = unit_keys(keys, n);
+        let made = topdown::cluster(&unit, keys.dim, &plan, head_seed(settings, capture.layer, h), &step);
+        drop(unit);
+        (summary::summarise(keys, values, &made.label, n_cluster, &made.coarse_offsets), made.products)
     };
-    let heads: Vec<HeadParts> = (0..capture.n_head_kv).into_par_iter().map(head).collect();
-    let parts = join_heads(capture, n_cluster, heads);
+    // Long heads are shared by all threads one after the other, which bounds the memory by one head's keys.
+    let heads: Vec<(HeadParts, u64)> = match plan.n_coarse {
+        0 => (0..capture.n_head_kv).into_par_iter().map(head).collect(),
+        _ => (0..capture.n_head_kv).map(head).collect(),
+    };
+    let products = heads.iter().map(|(_, products)| products).sum();
+    let parts = join_heads(capture, &plan, heads.into_iter().map(|(head, _)| head));
     let scores = window_scores(&parts.view(), &capture.k[..n_sink * capture.row_k()], &capture.q);
-    Ok((parts, scores))
+    Ok(BuiltLayer { parts, scores, products })
 }
 
-fn join_heads(capture: &LayerCapture, n_cluster: usize, heads: Vec<HeadParts>) -> LayerParts {
+/// Keys and values of one KV head from token `first` on.
+fn head_rows(capture: &LayerCapture, h: u32, first: usize) -> (Rows<'_>, Rows<'_>) {
+    let (dk, dv) = (capture.head_dim_k as usize, capture.head_dim_v as usize);
+    let (row_k, row_v, h) = (capture.row_k(), capture.row_v(), h as usize);
+    let keys = Rows { data: &capture.k, stride: row_k, column: h * dk, dim: dk, first };
+    (keys, Rows { data: &capture.v, stride: row_v, column: h * dv, dim: dv, first })
+}
+
+/// The first `n` of `keys`, scaled to unit length.
+fn unit_keys(keys: Rows, n: usize) -> Vec<f32> {
+    let mut unit: Vec<f32> = Vec::with_capacity(n * keys.dim);
+    (0..n).for_each(|i| unit.extend(keys.row(i).iter().map(|x| x.to_f32())));
+    kmeans::normalise(&mut unit, keys.dim);
+    unit
+}
+
+/// Every head of every layer starts from keys of its own.
+fn head_seed(settings: &Settings, layer: u32, h: u32) -> u64 {
+    let mut seed = settings.seed ^ (((layer as u64) << 32) | h as u64);
+    split_mix(&mut seed)
+}
+
+fn join_heads(capture: &LayerCapture, plan: &Plan, heads: impl Iterator<Item = HeadParts>) -> LayerParts {
     let mut parts = LayerParts {
         shape: LayerShape {
             layer: capture.layer,
@@ -185,8 +229,8 @@ fn join_heads(capture: &LayerCapture, n_cluster: usize, heads: Vec<HeadParts>) -
             n_group: capture.n_group,
             head_dim_k: capture.head_dim_k,
             head_dim_v: capture.head_dim_v,
-            n_cluster: n_cluster as u32,
-            n_coarse: 0,
+            n_cluster: plan.n_cluster as u32,
+            n_coarse: plan.n_coarse as u32,
             scale: capture.scale,
         },
         centroids: Vec::new(),
@@ -207,6 +251,8 @@ fn join_heads(capture: &LayerCapture, n_cluster: usize, heads: Vec<HeadParts>) -
         parts.radii.extend(head.radii);
         parts.offsets.extend(head.offsets);
         parts.members.extend(head.members);
+        parts.coarse_centroids.extend(head.coarse_centroids);
+        parts.coarse_offsets.extend(head.coarse_offsets);
     }
     parts
 }

@@ -33,6 +33,8 @@ pub(super) struct HeadParts {
     pub radii: Vec<f32>,
     pub offsets: Vec<u32>,
     pub members: Vec<u32>,
+    pub coarse_centroids: Vec<f16>,
+    pub coarse_offsets: Vec<u32>,
 }
 
 /// One cluster.
@@ -44,8 +46,15 @@ struct Summary {
     radius: f32,
 }
 
-/// Summarises the clusters of one KV head. `label` as from `kmeans::cluster`, one per clustered key.
-pub(super) fn summarise(keys: Rows, values: Rows, label: &[u32], n_cluster: usize) -> HeadParts {
+/// Summarises the clusters of one KV head: `label` is one per clustered key, and fine clusters `coarse_offsets[j]..` belong to
+/// coarse cluster j (empty: there is none).
+pub(super) fn summarise(
+    keys: Rows,
+    values: Rows,
+    label: &[u32],
+    n_cluster: usize,
+    coarse_offsets: &[u32],
+) -> HeadParts {
     let (start, order) = group(label, n_cluster);
     let summaries: Vec<Summary> =
         start.par_windows(2).map(|range| summarise_one(keys, values, &order[range[0]..range[1]])).collect();
@@ -57,6 +66,8 @@ pub(super) fn summarise(keys: Rows, values: Rows, label: &[u32], n_cluster: usiz
         radii: Vec::with_capacity(n_cluster),
         offsets: start.iter().map(|&s| s as u32).collect(),
         members: order.iter().map(|&i| i + keys.first as u32).collect(),
+        coarse_centroids: coarse_means(keys, &start, &order, coarse_offsets),
+        coarse_offsets: coarse_offsets.to_vec(),
     };
     for s in summaries {
         head.centroids.extend(s.centroid);
@@ -66,6 +77,13 @@ pub(super) fn summarise(keys: Rows, values: Rows, label: &[u32], n_cluster: usiz
         head.radii.push(s.radius);
     }
     head
+}
+
+/// Means of the keys of every coarse cluster.
+fn coarse_means(keys: Rows, start: &[usize], order: &[u32], coarse_offsets: &[u32]) -> Vec<f16> {
+    let members = |run: &[u32]| &order[start[run[0] as usize]..start[run[1] as usize]];
+    let means = coarse_offsets.par_windows(2).flat_map_iter(|run| mean(keys, members(run)));
+    means.map(f16::from_f64).collect()
 }
 
 fn summarise_one(keys: Rows, values: Rows, members: &[u32]) -> Summary {
@@ -129,7 +147,7 @@ mod tests {
             let data: Vec<f16> = (0..(label.len() + first) * stride).map(element).collect();
             let keys = Rows { data: &data, stride, column: 1, dim, first };
             let values = Rows { data: &data, stride, column: 0, dim: 1, first };
-            let head = summarise(keys, values, &label, 4);
+            let head = summarise(keys, values, &label, 4, &[0, 1, 4]);
             for c in 0..4usize {
                 let run = head.offsets[c] as usize..head.offsets[c + 1] as usize;
                 let members: Vec<usize> = head.members[run].iter().map(|&m| m as usize).collect();
@@ -156,7 +174,7 @@ mod tests {
     fn equal_keys_have_no_variance() {
         let data = vec![f16::from_f32(0.1); 30];
         let rows = Rows { data: &data, stride: 3, column: 0, dim: 3, first: 0 };
-        let head = summarise(rows, rows, &[0, 0, 0, 0, 0, 0, 0, 0, 0, 1], 2);
+        let head = summarise(rows, rows, &[0, 0, 0, 0, 0, 0, 0, 0, 0, 1], 2, &[]);
         assert_eq!(head.variances, vec![0; 6]);
         assert_eq!((head.variance_scales, head.radii), (vec![0.0; 2], vec![0.0; 2]));
     }

@@ -216,6 +216,28 @@ fn offsets_and_members_out_of_rule() {
 }
 
 #[test]
+fn wide_members_out_of_rule_and_members_of_the_other_width() {
+    let forge =
+        |n_prefix| Forge::new(&to_bytes(&crate::index::sample::sample_parts(5, n_prefix, 1, 1, 1, 1, 3)).unwrap());
+    let wide = forge(32768);
+    wide.open().unwrap();
+    // S = 16, P - W = 32668.
+    for value in [0, 15, 32668, 65536 + 16, u32::MAX] {
+        for slot in [0, 32651] {
+            let mut f = wide.clone();
+            set_words(&mut f, "blk.0.members", slot, &[value]);
+            assert!(invalid(f.open()).contains("members"), "{value} in {slot}");
+        }
+    }
+    for (n_prefix, kind, other) in [(32767, 25, 26), (32768, 26, 25)] {
+        let mut f = forge(n_prefix);
+        let found = std::mem::replace(&mut f.tensor("blk.0.members").kind, other);
+        assert_eq!(found, kind);
+        assert!(invalid(f.open()).contains("blk.0.members"), "{n_prefix}");
+    }
+}
+
+#[test]
 fn numbers_that_are_not_finite() {
     for (tensor, bits) in [
         ("blk.0.centroids", &[0x00, 0x7c][..]),
