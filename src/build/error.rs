@@ -22,6 +22,19 @@ pub enum BuildError {
     #[error("build setting {name} = {value} cannot be used: give {wanted}")]
     Setting { name: &'static str, value: String, wanted: &'static str },
 
+    /// An index cannot be extended to a text that does not begin with its own.
+    #[error(
+        "the text does not continue the old prefix: it has {n_new} tokens, the old one {n_old}, and they part at token {token}: \
+         give text that continues the old one, or build a new index"
+    )]
+    NotContinued { token: usize, n_old: usize, n_new: usize },
+
+    /// An index cannot be extended under other conditions than it was built.
+    #[error(
+        "{what} of the old index: {old}; here: {new}: extend it with the same model and settings, or build a new index"
+    )]
+    Differs { what: &'static str, old: String, new: String },
+
     #[error("could not start {n_threads} worker threads ({reason}): ask for fewer")]
     Threads { n_threads: usize, reason: String },
 }

@@ -6,6 +6,7 @@
 
 mod calibrate;
 mod error;
+mod extend;
 mod kmeans;
 mod matmul;
 #[doc(hidden)]
@@ -21,6 +22,7 @@ use rayon::prelude::*;
 
 pub use calibrate::{calibrate, window_scores, LayerScores, BUDGETS};
 pub use error::BuildError;
+pub use extend::{check_extension, extend_layer, extend_sketch};
 pub use sketch::{cache_blocks, probe, probe_tokens, sketch, sketch_margin, SketchMargin};
 
 use crate::index::{LayerParts, LayerShape};
@@ -144,13 +146,37 @@ pub fn index_layer(
     progress: &(dyn Fn(f32) + Sync),
 ) -> Result<BuiltLayer, BuildError> {
     check_settings(settings)?;
+    pool(settings)?.install(|| index_layer_here(capture, settings, progress))
+}
+
+fn pool(settings: &Settings) -> Result<rayon::ThreadPool, BuildError> {
     let n_threads = settings.n_threads.max(1);
-    let pool = rayon::ThreadPoolBuilder::new()
+    rayon::ThreadPoolBuilder::new()
         .num_threads(n_threads)
         .thread_name(|i| format!("squeeze-build-{i}"))
         .build()
-        .map_err(|e| BuildError::Threads { n_threads, reason: e.to_string() })?;
-    pool.install(|| index_layer_here(capture, settings, progress))
+        .map_err(|e| BuildError::Threads { n_threads, reason: e.to_string() })
+}
+
+/// N of a capture that has passed every check.
+fn n_clustered(capture: &LayerCapture, settings: &Settings) -> Result<usize, BuildError> {
+    let n_prefix = capture.checked_prefix()?;
+    check_queries(capture, settings)?;
+    let beside = (settings.n_sink + settings.n_window) as usize;
+    match n_prefix.checked_sub(beside) {
+        None | Some(0) => Err(BuildError::TooShort { n_prefix, needed: beside + 1 }),
+        Some(n) => Ok(n),
+    }
+}
+
+/// Fine clusters for `n` keys.
+fn n_cluster(n: usize, settings: &Settings) -> usize {
+    ((settings.cluster_share as f64 * n as f64).round() as usize).clamp(1, n)
+}
+
+/// Coarse clusters over them.
+fn n_coarse(n: usize, n_cluster: usize, settings: &Settings) -> usize {
+    settings.n_coarse.map_or_else(|| topdown::n_coarse(n), |c| c as usize).min(n_cluster)
 }
 
 /// The same on the threads of the current rayon pool.
@@ -159,20 +185,9 @@ fn index_layer_here(
     settings: &Settings,
     progress: &(dyn Fn(f32) + Sync),
 ) -> Result<BuiltLayer, BuildError> {
-    let n_prefix = capture.checked_prefix()?;
-    check_queries(capture, settings)?;
-    let (n_sink, n_window) = (settings.n_sink as usize, settings.n_window as usize);
-    let needed = n_sink + n_window + 1;
-    if n_prefix < needed {
-        return Err(BuildError::TooShort { n_prefix, needed });
-    }
-    let n = n_prefix - n_sink - n_window;
-    let n_cluster = ((settings.cluster_share as f64 * n as f64).round() as usize).clamp(1, n);
-    let plan = Plan {
-        n_cluster,
-        n_coarse: settings.n_coarse.map_or_else(|| topdown::n_coarse(n), |c| c as usize).min(n_cluster),
-        iterations: settings.iterations,
-    };
+    let n = n_clustered(capture, settings)?;
+    let n_cluster = n_cluster(n, settings);
+    let plan = Plan { n_cluster, n_coarse: n_coarse(n, n_cluster, settings), iterations: settings.iterations };
 
     let total = capture.n_head_kv as f32;
     let done = Mutex::new(0.0f64);
@@ -182,7 +197,7 @@ fn index_layer_here(
         progress((*done as f32 / total).min(1.0));
     };
     let head = |h: u32| -> (HeadParts, u64) {
-        let (keys, values) = head_rows(capture, h, n_sink);
+        let (keys, values) = head_rows(capture, h, settings.n_sink as usize);
         let unit = unit_keys(keys, n);
         let made = topdown::cluster(&unit, keys.dim, &plan, head_seed(settings, capture.layer, h), &step);
         drop(unit);
@@ -193,10 +208,16 @@ fn index_layer_here(
         0 => (0..capture.n_head_kv).into_par_iter().map(head).collect(),
         _ => (0..capture.n_head_kv).map(head).collect(),
     };
+    Ok(join(capture, settings, &plan, heads))
+}
+
+/// A layer of its heads, each with its multiply-adds.
+fn join(capture: &LayerCapture, settings: &Settings, plan: &Plan, heads: Vec<(HeadParts, u64)>) -> BuiltLayer {
     let products = heads.iter().map(|(_, products)| products).sum();
-    let parts = join_heads(capture, &plan, heads.into_iter().map(|(head, _)| head));
-    let scores = window_scores(&parts.view(), &capture.k[..n_sink * capture.row_k()], &capture.q);
-    Ok(BuiltLayer { parts, scores, products })
+    let parts = join_heads(capture, plan, heads.into_iter().map(|(head, _)| head));
+    let sinks = &capture.k[..settings.n_sink as usize * capture.row_k()];
+    let scores = window_scores(&parts.view(), sinks, &capture.q);
+    BuiltLayer { parts, scores, products }
 }
 
 /// Keys and values of one KV head from token `first` on.

@@ -7,7 +7,7 @@ use half::prelude::*;
 
 use super::{BuildError, LayerCapture, Settings};
 use crate::hadamard::rotate;
-use crate::index::{peak_run, ProbeParts, SketchParts, PEAK_RUN, SKETCH_TOLERANCE};
+use crate::index::{peak_run, ProbeParts, SketchParts, SketchView, PEAK_RUN, SKETCH_TOLERANCE};
 use crate::random::split_mix;
 
 /// Elements kept of a K row and of a V row in layer 0.
@@ -73,6 +73,56 @@ pub fn sketch(capture: &LayerCapture) -> Result<SketchParts, BuildError> {
     let v_peaks = peaks(&capture.v, row_v, v_block as usize);
     let (layer, tolerance) = (capture.layer, SKETCH_TOLERANCE);
     Ok(SketchParts { layer, tolerance, k_dims, v_dims, k, v, k_block, v_block, k_peaks, v_peaks })
+}
+
+/// See [`super::extend_sketch`].
+pub(super) fn extend(old: &SketchView, capture: &LayerCapture) -> Result<SketchParts, BuildError> {
+    let n = capture.checked_prefix()?;
+    let n_old = old.k.len() / old.k_dims.len();
+    let differs = |what, old: String, new: String| BuildError::Differs { what, old, new };
+    if old.layer != capture.layer {
+        return Err(differs("the sketched layer", old.layer.to_string(), capture.layer.to_string()));
+    }
+    let (row_k, row_v) = (capture.row_k(), capture.row_v());
+    if old.k_dims.last().is_some_and(|d| *d as usize >= row_k)
+        || old.v_dims.last().is_some_and(|d| *d as usize >= row_v)
+    {
+        return Err(differs("the row size", "more elements".into(), format!("{row_k} and {row_v} elements")));
+    }
+    if n <= n_old {
+        return Err(BuildError::NotContinued { token: n, n_old, n_new: n });
+    }
+    let (k, v) = (take(&capture.k, row_k, old.k_dims), take(&capture.v, row_v, old.v_dims));
+    for (what, stored, found, width) in [
+        ("the keys of the old prefix", old.k, &k, old.k_dims.len()),
+        ("the values of the old prefix", old.v, &v, old.v_dims.len()),
+    ] {
+        // Both as one table, so that a distance is that between a row of each.
+        let both: Vec<f16> = stored.iter().chain(&found[..stored.len()]).copied().collect();
+        let table = Table::new(&both, width);
+        let apart = (0..n_old as u32).map(|p| table.distance(p, p + n_old as u32));
+        let farthest = apart.enumerate().max_by(|a, b| a.1.total_cmp(&b.1));
+        if let Some((token, distance)) = farthest.filter(|(_, distance)| *distance > old.tolerance) {
+            let new = format!("rows {distance:.3} away (token {token})");
+            return Err(differs(what, format!("within {} of the sketch", old.tolerance), new));
+        }
+    }
+    let peaks = |stored: &[f16], data: &[f16], row: usize, block: u32| {
+        let new = peaks(&data[n_old * row..], row, block as usize);
+        stored.iter().copied().chain(new).collect::<Vec<f16>>()
+    };
+    Ok(SketchParts {
+        layer: old.layer,
+        tolerance: old.tolerance,
+        k_dims: old.k_dims.to_vec(),
+        v_dims: old.v_dims.to_vec(),
+        k: [old.k, &k[old.k.len()..]].concat(),
+        v: [old.v, &v[old.v.len()..]].concat(),
+        k_block: old.k_block,
+        v_block: old.v_block,
+        k_peaks: peaks(old.k_peaks, &capture.k, row_k, old.k_block),
+        v_peaks: peaks(old.v_peaks, &capture.v, row_v, old.v_block),
+    })
 }
 
 /// Sizes of the Hadamard blocks in which llama.cpp turns K and V of these head sizes before it quantises them (`n_rot_k` and

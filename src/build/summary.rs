@@ -4,6 +4,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::kmeans::group;
+use crate::index::LayerView;
 
 /// Below this the largest variance of a cluster counts as none: its keys are equal, or there is one.
 const NO_VARIANCE: f64 = 1e-12;
@@ -38,12 +39,27 @@ pub(super) struct HeadParts {
 }
 
 /// One cluster.
-struct Summary {
-    centroid: Vec<f16>,
-    mean_value: Vec<f16>,
-    variances: Vec<u8>,
-    variance_scale: f32,
-    radius: f32,
+pub(super) struct Summary {
+    pub centroid: Vec<f16>,
+    pub mean_value: Vec<f16>,
+    pub variances: Vec<u8>,
+    pub variance_scale: f32,
+    pub radius: f32,
+}
+
+impl Summary {
+    /// What an index holds of cluster `c` of KV head `h`.
+    pub fn stored(view: &LayerView, h: usize, c: usize) -> Summary {
+        let (dk, dv) = (view.shape.head_dim_k as usize, view.shape.head_dim_v as usize);
+        let at = h * view.shape.n_cluster as usize + c;
+        Summary {
+            centroid: view.centroids[at * dk..(at + 1) * dk].to_vec(),
+            mean_value: view.mean_values[at * dv..(at + 1) * dv].to_vec(),
+            variances: view.variances[at * dk..(at + 1) * dk].to_vec(),
+            variance_scale: view.variance_scales[at],
+            radius: view.radii[at],
+        }
+    }
 }
 
 /// Summarises the clusters of one KV head: `label` is one per clustered key, and fine clusters `coarse_offsets[j]..` belong to
@@ -55,12 +71,23 @@ pub(super) fn summarise(
     n_cluster: usize,
     coarse_offsets: &[u32],
 ) -> HeadParts {
+    assemble(keys, label, n_cluster, coarse_offsets, &|_, members| summarise_one(keys, values, members))
+}
+
+/// The same with the summary of each cluster, by its number and its members, from `of`.
+pub(super) fn assemble(
+    keys: Rows,
+    label: &[u32],
+    n_cluster: usize,
+    coarse_offsets: &[u32],
+    of: &(dyn Fn(usize, &[u32]) -> Summary + Sync),
+) -> HeadParts {
     let (start, order) = group(label, n_cluster);
     let summaries: Vec<Summary> =
-        start.par_windows(2).map(|range| summarise_one(keys, values, &order[range[0]..range[1]])).collect();
+        start.par_windows(2).enumerate().map(|(c, range)| of(c, &order[range[0]..range[1]])).collect();
     let mut head = HeadParts {
         centroids: Vec::with_capacity(n_cluster * keys.dim),
-        mean_values: Vec::with_capacity(n_cluster * values.dim),
+        mean_values: Vec::new(),
         variances: Vec::with_capacity(n_cluster * keys.dim),
         variance_scales: Vec::with_capacity(n_cluster),
         radii: Vec::with_capacity(n_cluster),
@@ -86,7 +113,7 @@ fn coarse_means(keys: Rows, start: &[usize], order: &[u32], coarse_offsets: &[u3
     means.map(f16::from_f64).collect()
 }
 
-fn summarise_one(keys: Rows, values: Rows, members: &[u32]) -> Summary {
+pub(super) fn summarise_one(keys: Rows, values: Rows, members: &[u32]) -> Summary {
     let centre = mean(keys, members);
     let mut variance = vec![0.0f64; keys.dim];
     for &i in members {

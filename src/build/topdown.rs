@@ -12,7 +12,7 @@ use crate::random::split_mix;
 /// Keys per coarse cluster in the sample that finds the coarse clusters.
 const SAMPLE: usize = 32;
 /// Coarse clusters whose fine clusters a key is compared with in a refinement.
-const NEAR: usize = 16;
+pub(super) const NEAR: usize = 16;
 const REFINEMENTS: usize = 3;
 /// Fewer keys are clustered in one level.
 const LEAST_KEYS: usize = 16384;
@@ -89,7 +89,7 @@ pub(super) fn cluster(unit: &[f32], dim: usize, plan: &Plan, seed: u64, step: &(
         products += part.products;
     }
 
-    let near = neighbours(&top.direction, dim);
+    let near = neighbours(&top.direction, dim, NEAR);
     for _ in 0..REFINEMENTS {
         kmeans::update(unit, dim, &label, &mut direction);
         products += refine(unit, dim, &direction, &coarse_offsets, &near, &mut label);
@@ -150,7 +150,7 @@ fn allot(sizes: &[usize], total: usize) -> Vec<usize> {
     seats
 }
 
-fn offsets(sizes: &[usize]) -> Vec<u32> {
+pub(super) fn offsets(sizes: &[usize]) -> Vec<u32> {
     let ends = sizes.iter().scan(0, |end, &n| {
         *end += n as u32;
         Some(*end)
@@ -158,37 +158,46 @@ fn offsets(sizes: &[usize]) -> Vec<u32> {
     std::iter::once(0).chain(ends).collect()
 }
 
-fn gather(rows: &[f32], dim: usize, which: &[u32]) -> Vec<f32> {
+pub(super) fn gather(rows: &[f32], dim: usize, which: &[u32]) -> Vec<f32> {
     which.iter().flat_map(|&i| &rows[i as usize * dim..][..dim]).copied().collect()
 }
 
-/// The coarse clusters nearest to each one, itself among them, ascending.
-fn neighbours(direction: &[f32], dim: usize) -> Vec<Vec<u32>> {
+/// The `count` nearest to each of some directions, itself among them, ascending.
+pub(super) fn neighbours(direction: &[f32], dim: usize, count: usize) -> Vec<Vec<u32>> {
     let n = direction.len() / dim;
     let near = |own: &[f32]| -> Vec<u32> {
         let mut dots = vec![0.0; n];
         dot_rows(own, direction, dim, &mut dots);
         let mut order: Vec<u32> = (0..n as u32).collect();
-        order.sort_by(|&a, &b| dots[b as usize].total_cmp(&dots[a as usize]));
-        order.truncate(NEAR);
-        order.sort_unstable();
+        if count < n {
+            let by_dot = |a: &u32, b: &u32| dots[*b as usize].total_cmp(&dots[*a as usize]).then(a.cmp(b));
+            order.select_nth_unstable_by(count, by_dot);
+            order.truncate(count);
+            order.sort_unstable();
+        }
         order
     };
     direction.par_chunks(dim).map(near).collect()
 }
 
-/// Moves every key to the nearest of the fine clusters below the coarse clusters around its own. Returns the multiply-adds.
-fn refine(
+/// Nearest fine cluster of every key below the coarse clusters around that of its label, and the cosine with it.
+pub(super) struct Nearest {
+    pub label: Vec<u32>,
+    pub similarity: Vec<f32>,
+    /// Multiply-adds.
+    pub products: u64,
+}
+
+/// Compares every key with the fine clusters of `near[j]`, where its label is a fine cluster of coarse cluster j.
+pub(super) fn nearest_around(
     unit: &[f32],
     dim: usize,
     direction: &[f32],
     coarse_offsets: &[u32],
     near: &[Vec<u32>],
-    label: &mut [u32],
-) -> u64 {
-    let n_cluster = direction.len() / dim;
-    let parent: Vec<u32> =
-        coarse_offsets.windows(2).enumerate().flat_map(|(j, w)| vec![j as u32; (w[1] - w[0]) as usize]).collect();
+    label: &[u32],
+) -> Nearest {
+    let parent = parents(coarse_offsets);
     let above: Vec<u32> = label.iter().map(|&c| parent[c as usize]).collect();
     let (start, order) = kmeans::group(&above, near.len());
     let compare = |j: usize| {
@@ -202,17 +211,36 @@ fn refine(
         (nearest, similarity, (points.len() * fine.len() * dim) as u64)
     };
     let parts: Vec<(Vec<u32>, Vec<f32>, u64)> = (0..near.len()).into_par_iter().with_max_len(1).map(compare).collect();
-    let mut similarity = vec![0.0; label.len()];
-    let mut products = 0;
+    let n = label.len();
+    let mut found = Nearest { label: vec![0; n], similarity: vec![0.0; n], products: 0 };
     for (j, (nearest, cosine, cost)) in parts.into_iter().enumerate() {
         for (&i, (c, x)) in order[start[j]..start[j + 1]].iter().zip(nearest.into_iter().zip(cosine)) {
-            label[i as usize] = c;
-            similarity[i as usize] = x;
+            found.label[i as usize] = c;
+            found.similarity[i as usize] = x;
         }
-        products += cost;
+        found.products += cost;
     }
-    kmeans::repair(unit, dim, n_cluster, label, &similarity);
-    products
+    found
+}
+
+/// Moves every key to the nearest cluster around it, as above; none is left empty. Returns the multiply-adds.
+pub(super) fn refine(
+    unit: &[f32],
+    dim: usize,
+    direction: &[f32],
+    coarse_offsets: &[u32],
+    near: &[Vec<u32>],
+    label: &mut Vec<u32>,
+) -> u64 {
+    let found = nearest_around(unit, dim, direction, coarse_offsets, near, label);
+    *label = found.label;
+    kmeans::repair(unit, dim, direction.len() / dim, label, &found.similarity);
+    found.products
+}
+
+/// Coarse cluster of every fine one.
+pub(super) fn parents(coarse_offsets: &[u32]) -> Vec<u32> {
+    coarse_offsets.windows(2).enumerate().flat_map(|(j, w)| vec![j as u32; (w[1] - w[0]) as usize]).collect()
 }
 
 #[cfg(test)]
