@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, ensure, Context as _, Result};
-use ggml_squeeze::build::{self, LayerCapture, Settings, SketchMargin};
+use ggml_squeeze::build::{self, BuiltLayer, LayerCapture, Settings, SketchMargin};
 use ggml_squeeze::config::DEFAULT_MIN_PREFIX;
 use ggml_squeeze::index::{self, BuildSettings, IndexMeta, IndexParts, ModelId, Rope, SketchParts};
 
@@ -86,13 +86,19 @@ pub struct Report {
 
 /// The command.
 pub fn run(args: &BuildArgs) -> Result<()> {
-    let r = make(args)?;
+    let report = make(args)?;
+    tell(&args.output, &report);
+    Ok(())
+}
+
+/// Says what was made.
+pub(crate) fn tell(output: &Path, r: &Report) {
     for (layer, why) in &r.dense_layers {
         eprintln!("layer {layer} stays dense: {why}");
     }
     eprintln!(
         "{}: {} tokens, {} layers indexed, {} dense, {:.1} MiB; capture checked to {:.1e}; prefill {:.1} s, clustering {:.1} s, peak memory {}",
-        args.output.display(),
+        output.display(),
         r.n_prefix,
         r.n_indexed,
         r.dense_layers.len(),
@@ -108,7 +114,6 @@ pub fn run(args: &BuildArgs) -> Result<()> {
             r.n_prefix
         );
     }
-    Ok(())
 }
 
 /// Builds the index and the state files.
@@ -120,10 +125,7 @@ pub fn make(args: &BuildArgs) -> Result<Report> {
 /// The same of a text that was read before; `args.file` is named in messages only.
 pub fn make_of(args: &BuildArgs, text: &str) -> Result<Report> {
     let settings = args.cluster.settings(args.model.n_threads())?;
-    let outputs = [Some(&args.output), args.state_file.as_ref(), args.slot_file.as_ref()];
-    for path in outputs.into_iter().flatten() {
-        check_writable(path)?;
-    }
+    check_outputs([Some(&args.output), args.state_file.as_ref(), args.slot_file.as_ref()])?;
     let model = Model::load(&args.model.model)?;
     let tokens = tokens::prefix(&model, text, args.chat, settings.n_threads)
         .with_context(|| format!("cannot make a prefix of {}", args.file.display()))?;
@@ -138,60 +140,124 @@ pub fn make_of(args: &BuildArgs, text: &str) -> Result<Report> {
         settings.n_window,
         DEFAULT_MIN_PREFIX,
     );
+    check_lengths(&model, &args.file, &tokens)?;
+
+    let capture = Capture::new(tokens.len(), settings.n_window as usize);
+    let mut context = Context::new(&model, &args.model, tokens.len(), Some(capture))?;
+    let prefill = prefill(&mut context, &tokens)?;
+    save_states(&mut context, &tokens, args.state_file.as_ref(), args.slot_file.as_ref())?;
+
+    let mut parts = IndexParts {
+        meta: meta(&model, &args.model, args.chat, &settings, tokens)?,
+        layers: Vec::new(),
+        sketch: SketchParts::default(),
+        probes: Vec::new(),
+    };
+    let capture = context.capture().context("the context was made with a capture")?;
+    let mut make = |layer: &LayerCapture, parts: &mut IndexParts, phase: &Phase, i: usize| -> Result<Made> {
+        let made = build::index_layer(layer, &settings, &|part| phase.part(i, part))?;
+        if parts.layers.is_empty() {
+            parts.sketch = build::sketch(layer)?;
+        }
+        Ok(Made::Layer(Box::new(made)))
+    };
+    let (seconds, capture_error) = cluster(capture, &settings, &mut parts, &mut make)?;
+    drop(context);
+    let bytes = index::write(&args.output, &parts)?;
+    Ok(report(parts, bytes, [prefill, seconds], capture_error))
+}
+
+/// Finds out before the long work whether the files can be written.
+pub(crate) fn check_outputs(paths: [Option<&PathBuf>; 3]) -> Result<()> {
+    paths.into_iter().flatten().try_for_each(|path| check_writable(path))
+}
+
+/// Whether the model can tell its layers apart at this length.
+///
+/// # Errors
+/// The prefix is no longer than a sliding window.
+pub(crate) fn check_lengths(model: &Model, file: &Path, tokens: &[i32]) -> Result<()> {
     // Masks show which layers slide only where the window has moved on; those layers have a cache, hence cells, of their own.
     ensure!(
         tokens.len() > model.n_swa(),
         "{} has {} tokens, and this model's layers with a sliding window of {} tokens see all of them: they cannot be told from \
          the layers to index; give a longer text",
-        args.file.display(),
+        file.display(),
         tokens.len(),
         model.n_swa(),
     );
     if tokens.len() > model.n_ctx_train() {
         eprintln!("warning: {} tokens, but the model was trained on {}", tokens.len(), model.n_ctx_train());
     }
+    Ok(())
+}
 
-    let capture = Capture::new(tokens.len(), settings.n_window as usize);
-    let mut context = Context::new(&model, &args.model, tokens.len(), Some(capture))?;
-    let n_ubatch = context.n_ubatch();
-    let phase = Phase::new("prefill", tokens.len().div_ceil(n_ubatch));
-    // One graph tells whether there is anything to index: say so now, not after minutes.
-    let (first, rest) = tokens.split_at(n_ubatch.min(tokens.len()));
-    context.prefill(first, |_| phase.step(1))?;
-    context.capture().context("the context was made with a capture")?.finish()?;
-    context.prefill(rest, |n| phase.step(1 + n.div_ceil(n_ubatch)))?;
-    let prefill = phase.end();
+/// Fewer tokens in a graph than this take a kernel of llama.cpp on the CPU that sums values in F16, too coarse to check a capture by.
+const LEAST_UBATCH: usize = 64;
 
-    // The cells stay in memory until something is written over them: states may be saved before K and V are read.
-    if let Some(path) = &args.slot_file {
-        context.save_slot(path, &tokens)?;
+/// Decodes what is missing of the prefix, under the context's capture; the seconds it took.
+pub(crate) fn prefill(context: &mut Context, tokens: &[i32]) -> Result<f64> {
+    let tokens = &tokens[context.n_past()..];
+    let (n, n_ubatch) = (tokens.len(), context.n_ubatch());
+    let n_graph = n.div_ceil(n_ubatch);
+    // Equal parts where the last one would be too small.
+    let size = if (1..LEAST_UBATCH).contains(&(n % n_ubatch)) { n.div_ceil(n_graph) } else { n_ubatch };
+    let phase = Phase::new("prefill", n_graph);
+    for (i, part) in tokens.chunks(size).enumerate() {
+        context.prefill(part, |_| phase.step(i + 1))?;
+        if i == 0 {
+            // One graph tells whether there is anything to index: say so now, not after minutes.
+            context.capture().context("the context was made with a capture")?.finish()?;
+        }
     }
-    if let Some(path) = &args.state_file {
-        context.save_prompt_cache(path, &tokens)?;
-    }
+    Ok(phase.end())
+}
 
-    let mut parts = IndexParts {
-        meta: meta(&model, args, &settings, tokens)?,
-        layers: Vec::new(),
-        sketch: SketchParts::default(),
-        probes: Vec::new(),
-    };
-    let capture = context.capture().context("the context was made with a capture")?;
-    let (seconds, capture_error) = cluster(capture, &settings, &mut parts)?;
-    drop(context);
-    let bytes = index::write(&args.output, &parts)?;
-    Ok(Report {
+/// Writes the state files that are asked for. The cells stay in memory until something is written over them, so this may come
+/// before K and V are read.
+pub(crate) fn save_states(
+    context: &mut Context,
+    tokens: &[i32],
+    state: Option<&PathBuf>,
+    slot: Option<&PathBuf>,
+) -> Result<()> {
+    if let Some(path) = slot {
+        context.save_slot(path, tokens)?;
+    }
+    if let Some(path) = state {
+        context.save_prompt_cache(path, tokens)?;
+    }
+    Ok(())
+}
+
+/// What became of a layer that could be captured.
+pub(crate) enum Made {
+    Layer(Box<BuiltLayer>),
+    /// It stays dense, for this reason.
+    Dense(String),
+}
+
+/// Makes the index's part of a layer (its number among the layers is the last argument), and the sketch where it is of that layer.
+pub(crate) type Make<'a> = dyn FnMut(&LayerCapture, &mut IndexParts, &Phase, usize) -> Result<Made> + 'a;
+
+pub(crate) fn report(parts: IndexParts, bytes: u64, seconds: [f64; 2], capture_error: f32) -> Report {
+    Report {
         n_prefix: parts.meta.n_prefix(),
         n_indexed: parts.layers.len(),
         dense_layers: parts.meta.dense_layers,
         bytes,
-        seconds: [prefill, seconds],
+        seconds,
         capture_error,
-    })
+    }
 }
 
 /// Indexes every layer that can be, one at a time; returns seconds and the largest capture error.
-fn cluster(capture: &Capture, settings: &Settings, parts: &mut IndexParts) -> Result<(f64, f32)> {
+pub(crate) fn cluster(
+    capture: &Capture,
+    settings: &Settings,
+    parts: &mut IndexParts,
+    make: &mut Make,
+) -> Result<(f64, f32)> {
     let (good, mut dense) = capture.finish()?;
     let probe_tokens = build::probe_tokens(parts.meta.n_prefix(), settings);
     let probe_layers = [good[good.len() / 2], good[good.len() - 1]];
@@ -206,10 +272,14 @@ fn cluster(capture: &Capture, settings: &Settings, parts: &mut IndexParts) -> Re
             }
         };
         worst = worst.max(error);
-        let made = build::index_layer(&layer, settings, &|part| phase.part(i, part))
-            .with_context(|| format!("cannot index layer {number}"))?;
+        let made = match make(&layer, parts, &phase, i).with_context(|| format!("cannot index layer {number}"))? {
+            Made::Layer(made) => made,
+            Made::Dense(why) => {
+                dense.push((number, why));
+                continue;
+            }
+        };
         if parts.layers.is_empty() {
-            parts.sketch = build::sketch(&layer).with_context(|| format!("cannot sketch layer {number}"))?;
             parts.sketch.tolerance = tolerance(&parts.sketch, &parts.meta.tokens)?;
         } else if probe_layers.contains(&number) {
             parts.probes.push(build::probe(&layer, &probe_tokens));
@@ -247,7 +317,13 @@ fn tolerance(sketch: &SketchParts, tokens: &[i32]) -> Result<f32> {
     Ok(tolerance)
 }
 
-fn meta(model: &Model, args: &BuildArgs, settings: &Settings, tokens: Vec<i32>) -> Result<IndexMeta> {
+pub(crate) fn meta(
+    model: &Model,
+    args: &ModelArgs,
+    chat: Chat,
+    settings: &Settings,
+    tokens: Vec<i32>,
+) -> Result<IndexMeta> {
     let architecture = model.meta("general.architecture").unwrap_or_default();
     Ok(IndexMeta {
         model: ModelId {
@@ -257,8 +333,8 @@ fn meta(model: &Model, args: &BuildArgs, settings: &Settings, tokens: Vec<i32>) 
         },
         rope: Rope {
             kind: model.rope_type(),
-            freq_base: args.model.rope.rope_freq_base.unwrap_or(model.rope_freq_base()),
-            freq_scale: args.model.rope.freq_scale().unwrap_or(model.rope_freq_scale()),
+            freq_base: args.rope.rope_freq_base.unwrap_or(model.rope_freq_base()),
+            freq_scale: args.rope.freq_scale().unwrap_or(model.rope_freq_scale()),
         },
         n_layer: model.n_layer(),
         tokens,
@@ -268,8 +344,8 @@ fn meta(model: &Model, args: &BuildArgs, settings: &Settings, tokens: Vec<i32>) 
             seed: settings.seed,
             iterations: settings.iterations,
             cluster_share: settings.cluster_share,
-            chat: args.chat.name().to_string(),
-            cache_types: [args.model.cache_type_k, args.model.cache_type_v].map(|e| e.name().to_string()),
+            chat: chat.name().to_string(),
+            cache_types: [args.cache_type_k, args.cache_type_v].map(|e| e.name().to_string()),
             builder: format!("sqz {}", env!("CARGO_PKG_VERSION")),
         },
         calibration: Vec::new(),

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod build_cmd;
 pub mod capture;
 pub mod eval;
+pub mod extend_cmd;
 pub mod facts;
 pub mod fingerprint;
 pub mod info;

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser;
-use sqz::{bench, build_cmd, eval, facts, info, inspect, llama, run};
+use sqz::{bench, build_cmd, eval, extend_cmd, facts, info, inspect, llama, run};
 
 #[derive(Parser)]
 #[command(name = "sqz", version, about, arg_required_else_help = true)]
@@ -20,6 +20,8 @@ struct Cli {
 enum Command {
     /// Index a text that prompts begin with
     Build(build_cmd::BuildArgs),
+    /// Index a text that grew, out of the index of its beginning
+    Extend(extend_cmd::ExtendArgs),
     /// Start llama-server or another llama.cpp program with an index, made first where it is missing
     Run(run::RunArgs),
     /// Show what an index holds
@@ -53,6 +55,7 @@ impl Command {
             Command::Inspect(args) if args.model.is_some() => start().and_then(|()| inspect::run(args)),
             Command::Inspect(args) => inspect::run(args),
             Command::Build(args) => start().and_then(|()| build_cmd::run(&args)),
+            Command::Extend(args) => start().and_then(|()| extend_cmd::run(&args)),
             Command::Facts(args) => start().and_then(|()| facts::run(&args)),
             Command::Eval(args) => start().and_then(|()| eval::run(&args)),
             Command::Bench(args) => start().and_then(|()| bench::run(&args)),
