@@ -272,11 +272,11 @@ __device__ void lookup(const Call &call) {
         }
         return;
     }
-    // An equal run of the tiles of all KV heads.
-    const uint32_t n_tile = (layer.n_cluster + TILE - 1) / TILE, all = n_tile * call.n_head_kv;
-    const uint32_t block = blockIdx.x - CHECK_BLOCKS - call.n_head_kv;
-    uint32_t from = first_tile(block, call.lookup_blocks, all);
-    const uint32_t end = first_tile(block + 1, call.lookup_blocks, all), begin = from;
+    // An equal run of the tiles of one KV head: queries are fetched once.
+    const uint32_t n_tile = (layer.n_cluster + TILE - 1) / TILE, n_block = call.lookup_blocks / call.n_head_kv;
+    const uint32_t block = blockIdx.x - CHECK_BLOCKS - call.n_head_kv, own_start = block / n_block * n_tile;
+    uint32_t from = own_start + first_tile(block % n_block, n_block, n_tile);
+    const uint32_t end = own_start + first_tile(block % n_block + 1, n_block, n_tile), begin = from;
     // The index does not change: its first rows are on their way before the previous kernel is done.
     if (from + warp < min(end, (from / n_tile + 1) * n_tile)) tile.load_clusters(call, layer, from / n_tile, (from + warp) % n_tile);
     await_previous();

@@ -42,8 +42,9 @@ pub struct Device {
     /// For each of `params::SELECT`: by keys, and by mass.
     pub(super) select: [[sys::CUfunction; 2]; params::SELECT.len()],
     pub(super) heads: [Kernels; 2],
-    /// Can a kernel start while the one before it ends? (compute capability 9.0 and later)
-    pub(super) overlap: bool,
+    /// Are the kernels built for compute capability 9.0 or later? Then one starts while the one before it ends, and blocks form
+    /// teams. PTX for 8.0 does neither, whatever GPU it runs on.
+    pub(super) hopper: bool,
 }
 
 // SAFETY: handles of the driver, which any thread may use.
@@ -116,7 +117,7 @@ impl Device {
                 attend_blocks: [0; 2],
                 merge: std::ptr::null_mut(),
             }),
-            overlap: major >= 9,
+            hopper: false,
         };
         device.enter()?;
         device.load(n_sm)?;
@@ -150,6 +151,13 @@ impl Device {
                 kernels.attend_blocks[n] = blocks(kernels.attend[n], ATTEND_THREADS)?;
             }
         }
+        let mut version = 0;
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION;
+        // SAFETY: writes one number about a function just found.
+        unsafe { sys::cuFuncGetAttribute(&mut version, attribute, self.heads[0].merge) }
+            .result()
+            .map_err(Error::driver("tell a kernel's version"))?;
+        self.hopper = version >= 90;
         for (to, (each, threads)) in self.select.iter_mut().zip(params::SELECT) {
             let name = format!("select_{each}_{threads}");
             *to = [function(select, &name)?, function(select, &format!("{name}_mass"))?];
