@@ -1,5 +1,5 @@
-// Attend: exact softmax attention over the kept keys, sinks and tail, and the estimate of dropped clusters. All tiles of all
-// (row, KV head) pairs are one list; each block takes an equal run of it, whatever the selection was.
+// Attend: exact softmax attention over the kept keys, sinks and tail, and the estimate of dropped clusters. Each (row, KV head)
+// pair gets as many blocks as its share of all tiles demands, whatever the selection was, and they cut its tiles into equal runs.
 #include "common.cuh"
 
 namespace squeeze {
@@ -99,31 +99,39 @@ struct Cells {
 
 template <int D, int NT>
 struct Shared {
-    uint32_t prefix[MAX_PAIRS + 1];
+    // First virtual block of each pair, and their number.
+    uint32_t first[MAX_PAIRS + 1];
     uint32_t warp[ATTEND_WARPS];
     float m[ATTEND_WARPS][NT * COLUMNS], l[ATTEND_WARPS][NT * COLUMNS];
     // Rows of a warp's columns; the padding spreads writers over the banks.
-    alignas(16) float acc[ATTEND_WARPS][NT * COLUMNS][D + 4];
+    alignas(16) float acc[ATTEND_WARPS][NT * COLUMNS][D + 2];
 };
 
-// Tiles before each pair.
+// First virtual block of a pair that has so many tiles before it: each pair gets one, and of the rest its share.
+struct Shares {
+    uint32_t n_block, rest;
+    float per_tile;
+
+    __device__ __forceinline__ Shares(const Call &call, uint32_t n_pair, uint32_t n_tile)
+        : n_block(virtual_blocks(call, n_pair, n_tile)), rest(n_block - n_pair), per_tile(static_cast<float>(rest) / max(n_tile, 1u)) {}
+    __device__ __forceinline__ uint32_t first(uint32_t pair, uint32_t before) const {
+        return pair + min(static_cast<uint32_t>(before * per_tile), rest);
+    }
+};
+
+// Fills `first` for more pairs than a warp has lanes; returns the number of virtual blocks.
 template <int D, int NT>
-__device__ uint32_t count_tiles(const Call &call, Shared<D, NT> &shared) {
+__device__ uint32_t share_out(const Call &call, Shared<D, NT> &shared) {
     const uint32_t n_pair = call.n_row * call.n_head_kv, each = (n_pair + THREADS - 1) / THREADS;
     const uint32_t from = min(threadIdx.x * each, n_pair), to = min(from + each, n_pair);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t sum = 0;
     for (uint32_t i = from; i < to; ++i) {
         const uint32_t n = tiles_of(call.work[i]);
-        shared.prefix[i] = n;
+        shared.first[i] = n;
         sum += n;
     }
-    uint32_t all = sum;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        const uint32_t p = __shfl_up_sync(ALL, all, d);
-        if (lane >= d) all += p;
-    }
+    const uint32_t all = sum_upto(sum);
     if (lane == 31) shared.warp[warp] = all;
     __syncthreads();
     uint32_t before = all - sum, total = 0;
@@ -132,32 +140,23 @@ __device__ uint32_t count_tiles(const Call &call, Shared<D, NT> &shared) {
         if (w < warp) before += shared.warp[w];
         total += shared.warp[w];
     }
+    const Shares shares(call, n_pair, total);
     for (uint32_t i = from; i < to; ++i) {
-        const uint32_t n = shared.prefix[i];
-        shared.prefix[i] = before;
+        const uint32_t n = shared.first[i];
+        shared.first[i] = shares.first(i, before);
         before += n;
     }
-    if (threadIdx.x == 0) shared.prefix[n_pair] = total;
+    if (threadIdx.x == 0) shared.first[n_pair] = shares.n_block;
     __syncthreads();
-    if (blockIdx.x == 0) {
-        // For merge: where a pair's states will be.
-        const uint32_t n_block = virtual_blocks(call, total);
-        for (uint32_t i = threadIdx.x; i < n_pair; i += THREADS) {
-            const uint32_t start = shared.prefix[i], end = shared.prefix[i + 1];
-            const uint32_t first = start < end ? block_of(start, n_block, total) : 0;
-            call.span[i] = {first + i, start < end ? block_of(end - 1, n_block, total) + 1 - first : 0};
-        }
-    }
-    return total;
+    return shares.n_block;
 }
 
-// Last pair that starts at or before a tile.
-template <int D, int NT>
-__device__ uint32_t pair_of(const Call &call, const Shared<D, NT> &shared, uint32_t tile) {
-    uint32_t low = 0, high = call.n_row * call.n_head_kv;
+// Last pair whose first virtual block is this one or before it.
+__device__ uint32_t pair_of(const uint32_t *first, uint32_t n_pair, uint32_t block) {
+    uint32_t low = 0, high = n_pair;
     while (high - low > 1) {
         const uint32_t middle = (low + high) / 2;
-        if (shared.prefix[middle] <= tile) low = middle;
+        if (first[middle] <= block) low = middle;
         else high = middle;
     }
     return low;
@@ -165,10 +164,9 @@ __device__ uint32_t pair_of(const Call &call, const Shared<D, NT> &shared, uint3
 
 // Tiles from..to of a pair by one warp.
 template <int D, int NT>
-__device__ void sweep(const Call &call, State<D, NT> &state, uint32_t pair, uint32_t from, uint32_t to) {
+__device__ void sweep(const Call &call, State<D, NT> &state, uint32_t pair, const Work &work, uint32_t from, uint32_t to) {
     const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
     const uint32_t head_kv = pair / call.n_row, row = pair % call.n_row;
-    const Work work = call.work[pair];
     const Bound *bound = work.bound >= 0 ? &call.bound[work.bound] : nullptr;
     const uint32_t stream = RowAt(call, row).stream;
     const char *keys = keys_of(call, stream / call.k_share, head_kv), *values = values_of(call, stream / call.v_share, head_kv);
@@ -312,6 +310,7 @@ __device__ void store(const Call &call, Shared<D, NT> &shared, State<D, NT> &sta
         }
     }
     __syncthreads();
+#pragma unroll 4
     for (uint32_t i = threadIdx.x; i < call.group * D; i += THREADS) {
         const uint32_t g = i / D, d = i % D;
         float m = -INFINITY, value = 0, l = 0;
@@ -336,31 +335,38 @@ __device__ void store(const Call &call, Shared<D, NT> &shared, State<D, NT> &sta
 template <int D, int NT>
 __device__ void attend(const Call &call) {
     __shared__ Shared<D, NT> shared;
-    await_previous();
-    const uint32_t n_tile = count_tiles(call, shared), n_block = virtual_blocks(call, n_tile);
-    const int warp = threadIdx.x / 32;
+    const uint32_t n_pair = call.n_row * call.n_head_kv, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    await_previous(call);
+    // So few pairs each warp counts for itself, a lane per pair.
+    const bool few = n_pair <= 32;
+    uint32_t n_block, lane_first = 0;
+    if (few) {
+        const uint32_t own = lane < n_pair ? tiles_of(call.work[lane]) : 0, upto = sum_upto(own);
+        const Shares shares(call, n_pair, __shfl_sync(ALL, upto, 31));
+        n_block = shares.n_block;
+        lane_first = lane < n_pair ? shares.first(lane, upto - own) : n_block;
+    } else {
+        n_block = share_out(call, shared);
+    }
     State<D, NT> state;
     for (uint32_t block = blockIdx.x; block < n_block; block += gridDim.x) {
-        uint32_t tile = first_tile(block, n_block, n_tile);
-        const uint32_t end = first_tile(block + 1, n_block, n_tile);
-        if (tile == end) {
-            // Merge may find this block among those of a pair: it has nothing.
-            if (tile < n_tile && tile > 0) {
-                const uint32_t pair = pair_of(call, shared, tile);
-                float *to = call.state + static_cast<uint64_t>(block + pair) * call.group * (D + 2);
-for (uint32_t i = threadIdx.x; i < call.group * (D + 2); i += THREADS) to[i] = i % (D + 2) == D ? -INFINITY : 0;
-            }
-            continue;
+        uint32_t pair, first, last;
+        if (few) {
+            pair = __popc(__ballot_sync(ALL, lane_first <= block)) - 1;
+            first = __shfl_sync(ALL, lane_first, pair);
+            last = pair < 31 ? __shfl_sync(ALL, lane_first, pair + 1) : n_block;
+        } else {
+            pair = pair_of(shared.first, n_pair, block);
+            first = shared.first[pair], last = shared.first[pair + 1];
         }
-        for (uint32_t pair = pair_of(call, shared, tile); tile < end; ++pair) {
-            const uint32_t start = shared.prefix[pair], stop = min(end, shared.prefix[pair + 1]);
-            if (stop <= tile) continue;
-            const uint32_t n = stop - tile, from = tile - start;
-            state.reset();
-            sweep(call, state, pair, from + n * warp / ATTEND_WARPS, from + n * (warp + 1) / ATTEND_WARPS);
-            store(call, shared, state, call.state + static_cast<uint64_t>(block + pair) * call.group * (D + 2));
-            tile = stop;
-        }
+        // For merge: where a pair's states are.
+        if (block == first && threadIdx.x == 0) call.span[pair] = {first, last - first};
+        const Work work = call.work[pair];
+        const uint32_t n_tile = tiles_of(work), each = n_tile / (last - first), rest = n_tile % (last - first), i = block - first;
+        const uint32_t from = i * each + min(i, rest), n = each + (i < rest);
+        state.reset();
+        sweep(call, state, pair, work, from + n * warp / ATTEND_WARPS, from + n * (warp + 1) / ATTEND_WARPS);
+        store(call, shared, state, call.state + static_cast<uint64_t>(block) * call.group * (D + 2));
     }
 }
 

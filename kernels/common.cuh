@@ -13,9 +13,12 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr unsigned ALL = 0xffffffffu;
 
 // Waits for the results of the previous kernel of the stream, and lets the next one start: not before, so that a kernel that
-// has started finds everything done but its direct predecessor.
-__device__ __forceinline__ void await_previous() {
+// has started finds everything done but its direct predecessor. The parameters are brought near meanwhile.
+__device__ __forceinline__ void await_previous(const Call &call) {
 #if __CUDA_ARCH__ >= 900
+    const uint32_t *words = reinterpret_cast<const uint32_t *>(&call);
+#pragma unroll
+    for (int i = 0; i < CALL_BYTES / 4; i += 16) asm volatile("" ::"r"(words[i]));
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
@@ -83,6 +86,17 @@ __device__ __forceinline__ float sum_rows(float v) {
     return v + __shfl_xor_sync(ALL, v, 16);
 }
 
+// Sum over the lanes up to one's own.
+__device__ __forceinline__ uint32_t sum_upto(uint32_t v) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const uint32_t p = __shfl_up_sync(ALL, v, d);
+        if (lane >= d) v += p;
+    }
+    return v;
+}
+
 // Where a query row is: its stream and its place in it.
 struct RowAt {
     uint32_t stream, query;
@@ -112,17 +126,15 @@ __device__ __forceinline__ uint32_t tiles_of(const Work &work) {
     return work.always_tiles + work.member_tiles + work.estimate_tiles;
 }
 
-// Attend cuts all tiles into as many equal runs as it has virtual blocks: its blocks, once per wave.
-__device__ __forceinline__ uint32_t virtual_blocks(const Call &call, uint32_t n_tile) {
+// Attend works as if it had so many blocks: its own, once per wave, and at least two per pair.
+__device__ __forceinline__ uint32_t virtual_blocks(const Call &call, uint32_t n_pair, uint32_t n_tile) {
     const uint32_t waves = (n_tile + call.n_block * call.wave_tiles / 2) / (call.n_block * call.wave_tiles);
-    return call.n_block * min(max(waves, 1u), call.max_waves);
+    const uint32_t least = (2 * n_pair + call.n_block - 1) / call.n_block;
+    return call.n_block * max(min(waves, call.max_waves), least);
 }
-// First tile of a virtual block, and the virtual block of a tile.
+// First tile of a block of lookup.
 __device__ __forceinline__ uint32_t first_tile(uint32_t block, uint32_t n_block, uint32_t n_tile) {
     return static_cast<uint64_t>(block) * n_tile / n_block;
-}
-__device__ __forceinline__ uint32_t block_of(uint32_t tile, uint32_t n_block, uint32_t n_tile) {
-    return ((static_cast<uint64_t>(tile) + 1) * n_block - 1) / n_tile;
 }
 
 }  // namespace squeeze

@@ -253,11 +253,11 @@ __device__ void lookup(const Call &call) {
     const uint32_t n_column = call.n_row * call.group, warp = threadIdx.x / 32;
     Tile<D, DIAG> tile;
     if (blockIdx.x < CHECK_BLOCKS) {
-        await_previous();
+        await_previous(call);
         return check<D>(call, bound, blockIdx.y, blockIdx.x);
     }
     if (blockIdx.x < CHECK_BLOCKS + call.n_head_kv) {
-        await_previous();
+        await_previous(call);
         const uint32_t head_kv = blockIdx.x - CHECK_BLOCKS, n_tile = (layer.n_sink + TILE - 1) / TILE;
         for (uint32_t first = 0; first < n_column; first += PASS) {
             uint32_t t = warp;
@@ -279,7 +279,7 @@ __device__ void lookup(const Call &call) {
     const uint32_t end = own_start + first_tile(block % n_block + 1, n_block, n_tile), begin = from;
     // The index does not change: its first rows are on their way before the previous kernel is done.
     if (from + warp < min(end, (from / n_tile + 1) * n_tile)) tile.load_clusters(call, layer, from / n_tile, (from + warp) % n_tile);
-    await_previous();
+    await_previous(call);
     while (from < end) {
         const uint32_t head_kv = from / n_tile, start = head_kv * n_tile, to = min(end, start + n_tile);
         for (uint32_t first = 0; first < n_column; first += PASS) {

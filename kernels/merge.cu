@@ -12,7 +12,7 @@ __device__ void merge(const Call &call) {
     const uint32_t pair = blockIdx.x, g = blockIdx.y, d = threadIdx.x, group = threadIdx.y;
     const uint32_t head_kv = pair / call.n_row, row = pair % call.n_row, head = head_kv * call.group + g;
     const int lane = d % 32;
-    await_previous();
+    await_previous(call);
     const uint2 span = call.span[pair];
     const uint32_t n = span.y, step = call.group * (D + 2);
     const float *states = call.state + static_cast<uint64_t>(span.x) * step + g * (D + 2);

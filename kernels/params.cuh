@@ -121,7 +121,7 @@ struct Call {
     uint32_t *directory;  // [pairs][max_tiles] kept cluster of a tile's first key
     uint32_t *kept;       // [pairs][n_cluster / 32] bits; null without estimate
     uint2 *span;          // [pairs] first state of a pair, and their number
-    float *state;         // [slots][group][head_dim_v + 2] values, max, sum
+    float *state;         // [virtual blocks][group][head_dim_v + 2] values, max, sum
 };
 
 // Sizes that the other side counts on.

@@ -77,12 +77,15 @@ __device__ uint32_t bin_of(Shared &shared, uint32_t team, uint32_t rank, uint32_
             const uint4 four = *reinterpret_cast<const uint4 *>(&shared.histogram[low + i]);
             own += four.x + four.y + four.z + four.w;
         }
-        for (uint32_t b = 0; b < team; ++b) put(&shared.sums[rank][threadIdx.x], b, own);
+#pragma unroll
+        for (uint32_t b = 0; b < MAX_TEAM; ++b)
+            if (b < team) put(&shared.sums[rank][threadIdx.x], b, own);
     }
     sync_team(team);
     uint32_t sum = 0;
-    if (low >= 0)
-        for (uint32_t b = 0; b < team; ++b) sum += shared.sums[b][threadIdx.x];
+#pragma unroll
+    for (uint32_t b = 0; b < MAX_TEAM; ++b)
+        if (low >= 0 && b < team) sum += shared.sums[b][threadIdx.x];
     uint32_t before = sum, unused = 0, total, unused_total;
     scan(shared, before, unused, total, unused_total);
     if (before < want && before + sum >= want) shared.range = low, shared.above = before;
@@ -91,8 +94,9 @@ __device__ uint32_t bin_of(Shared &shared, uint32_t team, uint32_t rank, uint32_
     if (range == ALL) return ALL;
     // Each warp for itself: a lane per bin and block, from the largest bin down.
     static_assert(EACH == 8 && MAX_TEAM <= 8);
-    uint32_t bin = 0;
-    for (uint32_t b = lane / EACH; b < team; b += 32 / EACH) bin += get(&shared.histogram[range + EACH - 1 - lane % EACH], b);
+    const uint32_t *own_bin = &shared.histogram[range + EACH - 1 - lane % EACH], b = lane / EACH;
+    const uint32_t bin_low = b < team ? get(own_bin, b) : 0, bin_high = b + 4 < team ? get(own_bin, b + 4) : 0;
+    uint32_t bin = bin_low + bin_high;
     bin += __shfl_xor_sync(ALL, bin, 8);
     bin += __shfl_xor_sync(ALL, bin, 16);
     uint32_t upto = bin;
@@ -201,7 +205,7 @@ __device__ void select_clusters(const Call &call) {
     }
     for (int i = threadIdx.x; i < BINS; i += blockDim.x) shared.histogram[i] = 0;
     if (threadIdx.x == 0) shared.n_own = 0;
-    await_previous();
+    await_previous(call);
     await_team(team);
 
     bool bad = work.bound < 0;
@@ -292,7 +296,9 @@ __device__ void select_clusters(const Call &call) {
             for (int e = 0; e < E; ++e) {
                 if (from + e < n && bin(p[e]) == static_cast<int>(cut)) {
                     const uint32_t at = atomicAdd(&shared.n_own, 1), to = rank * room + at;
-                    for (uint32_t b = 0; b < team && at < room; ++b) {
+#pragma unroll
+                    for (uint32_t b = 0; b < MAX_TEAM; ++b) {
+                        if (b >= team || at >= room) break;
                         put(&shared.candidates.key[to], b, __float_as_uint(p[e]));
                         put(&shared.candidates.index[to], b, from + e);
                         put(&shared.candidates.weight[to], b, weight(e));
@@ -302,16 +308,23 @@ __device__ void select_clusters(const Call &call) {
             __syncthreads();
             if (threadIdx.x < team) put(&shared.n_candidate[rank], threadIdx.x, shared.n_own);
             sync_team(team);
-            uint32_t n_candidate = 0, most = 0;
-            for (uint32_t b = 0; b < team; ++b) {
-                const uint32_t count = shared.n_candidate[b];
-                most = max(most, count);
-                for (uint32_t i = threadIdx.x; i < min(count, room); i += blockDim.x) {
-                    shared.dense.key[n_candidate + i] = shared.candidates.key[b * room + i];
-                    shared.dense.index[n_candidate + i] = shared.candidates.index[b * room + i];
-                    shared.dense.weight[n_candidate + i] = shared.candidates.weight[b * room + i];
-                }
-                n_candidate += min(count, room);
+            // Where a block's candidates begin in a list without gaps.
+            uint32_t n_candidate = 0, most = 0, begin[MAX_TEAM];
+#pragma unroll
+            for (uint32_t b = 0; b < MAX_TEAM; ++b) {
+                const uint32_t count = b < team ? shared.n_candidate[b] : 0;
+                most = max(most, count), begin[b] = n_candidate, n_candidate += count;
+            }
+            for (uint32_t slot = threadIdx.x; slot < CANDIDATES && most <= room; slot += blockDim.x) {
+                const uint32_t block = slot / room, i = slot % room;
+                uint32_t to = i;
+#pragma unroll
+                for (uint32_t b = 0; b < MAX_TEAM; ++b)
+                    if (b == block) to += begin[b];
+                if (i >= shared.n_candidate[block]) continue;
+                shared.dense.key[to] = shared.candidates.key[slot];
+                shared.dense.index[to] = shared.candidates.index[slot];
+                shared.dense.weight[to] = shared.candidates.weight[slot];
             }
             if (most <= room) {
                 const Candidates &all = shared.dense;
@@ -366,7 +379,9 @@ __device__ void select_clusters(const Call &call) {
     if (threadIdx.x < team) put(&shared.n_kept[rank], threadIdx.x, own_kept), put(&shared.n_keys[rank], threadIdx.x, own_keys);
     sync_team(team);
     uint32_t kept_before = 0, keys_before = 0, kept_total = 0, key_total = 0;
-    for (uint32_t b = 0; b < team; ++b) {
+#pragma unroll
+    for (uint32_t b = 0; b < MAX_TEAM; ++b) {
+        if (b >= team) break;
         if (b == rank) kept_before = kept_total, keys_before = key_total;
         kept_total += shared.n_kept[b], key_total += shared.n_keys[b];
     }
@@ -429,13 +444,12 @@ __device__ void select_clusters(const Call &call) {
 }
 
 #define SELECT(E, THREADS)                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) select_##E##_##THREADS(const __grid_constant__ Call call) {        \
+    extern "C" __global__ void __launch_bounds__(THREADS, E <= 8 ? 3 : 1) select_##E##_##THREADS(const __grid_constant__ Call call) {        \
         select_clusters<E, false, THREADS>(call);                                                                                 \
     }                                                                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) select_##E##_##THREADS##_mass(const __grid_constant__ Call call) { \
         select_clusters<E, true, THREADS>(call);                                                                                  \
     }
-SELECT(4, 256)
 SELECT(8, 256)
 SELECT(16, 256)
 SELECT(32, 256)

@@ -206,10 +206,11 @@ impl Plan {
         let lookup_blocks = n_head_kv * most.min(n_cluster.div_ceil(TILE).div_ceil(LOOKUP_THREADS / 32)).max(1);
         let state_bytes = group * (d + 2) * 4;
         let most_tiles = n_pair * (n_kv.div_ceil(TILE) + n_member.div_ceil(TILE) + n_cluster.div_ceil(TILE) + 1);
-        let room = (STATE_MAX / state_bytes).saturating_sub(n_pair) / n_block;
+        // Each pair takes two blocks at least.
+        let least = (2 * n_pair).div_ceil(n_block);
         let max_waves = match n_row {
-            1 => 1,
-            _ => most_tiles.div_ceil(n_block * WAVE_TILES).min(room).max(1),
+            1 => least,
+            _ => most_tiles.div_ceil(n_block * WAVE_TILES).min(STATE_MAX / state_bytes / n_block).max(least),
         };
 
         // Whole words of bits, and rows on 128 bytes.
@@ -237,7 +238,7 @@ impl Plan {
             directory: c.area::<u32>(n_pair * max_tiles),
             kept: c.area::<u32>(if estimate { n_pair * n_cluster / 32 } else { 0 }),
             span: c.area::<u64>(n_pair),
-            state: c.area::<u8>(state_bytes * (n_block * max_waves + n_pair)),
+            state: c.area::<u8>(state_bytes * n_block * max_waves),
             bytes: c.bytes,
             parameters: params::Call {
                 q: strided(&p.q),

@@ -15,7 +15,7 @@ pub(super) const MERGE_GROUPS: usize = 4;
 /// Tiles of sinks of a binding at most.
 pub(super) const SINK_TILES: usize = 8;
 /// Variants of select: clusters per thread, and threads at most. Without teams the last ones are needed.
-pub(super) const SELECT: [(usize, usize); 6] = [(4, 256), (8, 256), (16, 256), (32, 256), (16, 1024), (64, 1024)];
+pub(super) const SELECT: [(usize, usize); 5] = [(8, 256), (16, 256), (32, 256), (16, 1024), (64, 1024)];
 /// Blocks of select that share a (row, KV head) at most.
 pub(super) const MAX_TEAM: usize = 8;
 /// (row, KV head) pairs of a call, and query heads per KV head, at most.
