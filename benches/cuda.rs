@@ -19,6 +19,8 @@ use rayon::prelude::*;
 
 const SINKS: usize = 16;
 const WINDOW: usize = 100;
+/// Calls of one graph at least: what a graph costs at its start is then little.
+const CALLS: usize = 8;
 /// Touched by one replay at least, in different places: more than the L2 cache holds, several times.
 const ROTATE: usize = 400 << 20;
 
@@ -158,8 +160,8 @@ struct Bench {
 }
 
 impl Bench {
-    /// Median microseconds of what `put` puts on the stream, over graph replays.
-    fn time(&self, replays: usize, put: impl Fn(sys::CUstream)) -> f64 {
+    /// Microseconds of what `put` puts on the stream, of each graph replay.
+    fn time(&self, replays: usize, put: impl Fn(sys::CUstream)) -> Vec<f64> {
         let mut exec = MaybeUninit::uninit();
         // SAFETY: our own stream; what is captured outlives this function; handles are destroyed once.
         unsafe {
@@ -169,7 +171,7 @@ impl Bench {
             let graph = result::stream::end_capture(self.stream).expect("capture");
             sys::cuGraphInstantiateWithFlags(exec.as_mut_ptr(), graph, 0).result().expect("a graph");
             let exec = exec.assume_init();
-            let mut times: Vec<f64> = (0..replays + 3)
+            let times = (0..replays + 3)
                 .map(|_| {
                     result::event::record(self.events[0], self.stream).expect("an event");
                     sys::cuGraphLaunch(exec, self.stream).result().expect("a replay");
@@ -181,10 +183,14 @@ impl Bench {
                 .collect();
             sys::cuGraphExecDestroy(exec).result().expect("a graph");
             sys::cuGraphDestroy(graph).result().expect("a graph");
-            times.sort_by(f64::total_cmp);
-            times[times.len() / 2]
+            times
         }
     }
+}
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
 }
 
 /// Bytes per microsecond of a large copy, read and written.
@@ -192,9 +198,9 @@ fn copy_rate(device: &Arc<Device>, bench: &Bench) -> f64 {
     let n = 1usize << 30;
     let [from, to] = [(); 2].map(|()| Buffer::new(device, "a bench", n).expect("memory"));
     // SAFETY: inside both buffers.
-    let us = bench.time(20, |stream| unsafe {
+    let us = median(bench.time(20, |stream| unsafe {
         sys::cuMemcpyDtoDAsync_v2(to.address(), from.address(), n, stream).result().expect("a copy")
-    });
+    }));
     2.0 * n as f64 / us
 }
 
@@ -259,25 +265,28 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
         let made = all.iter().map(|c| Attention::new(device, c, &workspace).expect("a supported call")).collect();
         (made, workspace)
     };
-    let per_call = 1.0 / n_set as f64;
+    let rounds = CALLS.div_ceil(n_set);
+    let time = |replays, put: &dyn Fn(sys::CUstream)| -> Vec<f64> {
+        let times = bench.time(replays, |stream| (0..rounds).for_each(|_| put(stream)));
+        times.into_iter().map(|t| t / (rounds * n_set) as f64).collect()
+    };
     let (sparse, workspace) = calls(&sparse_rows);
     let whole = |attention: &[Attention], replays| {
         // SAFETY: everything lives until the end of this function.
-        per_call
-            * bench
-                .time(replays, |stream| attention.iter().for_each(|a| unsafe { a.launch(stream) }.expect("a launch")))
+        time(replays, &|stream| attention.iter().for_each(|a| unsafe { a.launch(stream) }.expect("a launch")))
     };
-    let mut us = whole(&sparse, 30);
+    let mut times = whole(&sparse, 30);
     let stages: Vec<f64> = (0..STAGES.len())
         .map(|stage| {
             // SAFETY: as above; the last whole call left what the stages read.
             let put = |stream| sparse.iter().for_each(|a| unsafe { a.launch_stage(stage, stream) }.expect("a launch"));
-            per_call * bench.time(30, put)
+            median(time(30, &put))
         })
         .collect();
     let (dense, _own) = calls(&dense_rows);
-    let dense_us = whole(&dense, 15);
-    us = us.min(whole(&sparse, 30));
+    let dense_us = median(whole(&dense, 15));
+    times.extend(whole(&sparse, 30));
+    let us = median(times);
     let keys: u64 = (0..n_head_kv)
         .flat_map(|h| (0..n_row).map(move |row| (row, h)))
         .map(|(row, h)| sparse[0].kept(&workspace, row, h).expect("the device").expect("a sparse row").1 as u64)

@@ -6,6 +6,8 @@ namespace squeeze {
 namespace {
 
 constexpr int THREADS = 32 * ATTEND_WARPS;
+// Parts of a row's keys that rows take turns at.
+constexpr uint32_t PARTS = 2;
 
 // Softmax state of a warp: NT column tiles; acc[t][i]: dimension 8 (r + 8 (i / 4)) + 2 (i % 4) and the next one.
 template <int D, int NT>
@@ -160,6 +162,25 @@ __device__ uint32_t pair_of(const uint32_t *first, uint32_t n_pair, uint32_t blo
         else high = middle;
     }
     return low;
+}
+
+// Rows of a KV head take turns, a part of each after the other, so that blocks side by side read the same keys from the L2 cache.
+// From a virtual block and its pair to the pair and the virtual block whose turn it is.
+__device__ uint32_t take_turns(uint32_t n_row, const uint32_t *first, uint32_t pair, uint32_t &block) {
+    const uint32_t lane = threadIdx.x % 32, head = pair / n_row * n_row;
+    const uint32_t start = lane < n_row ? first[head + lane] : 0, n = lane < n_row ? first[head + lane + 1] - start : 0;
+    uint32_t at = block - first[head];
+    for (uint32_t part = 0; part < PARTS; ++part) {
+        const uint32_t from = n * part / PARTS, own = n * (part + 1) / PARTS - from, upto = sum_upto(own);
+        const uint32_t all = __shfl_sync(ALL, upto, 31);
+        if (at < all) {
+            const int row = __popc(__ballot_sync(ALL, upto <= at));
+            block = __shfl_sync(ALL, start + from + at - (upto - own), row);
+            return head + row;
+        }
+        at -= all;
+    }
+    return pair;
 }
 
 // Tiles from..to of a pair by one warp.
@@ -350,23 +371,24 @@ __device__ void attend(const Call &call) {
     }
     State<D, NT> state;
     for (uint32_t block = blockIdx.x; block < n_block; block += gridDim.x) {
-        uint32_t pair, first, last;
+        uint32_t pair, first, last, own = block;
         if (few) {
             pair = __popc(__ballot_sync(ALL, lane_first <= block)) - 1;
             first = __shfl_sync(ALL, lane_first, pair);
             last = pair < 31 ? __shfl_sync(ALL, lane_first, pair + 1) : n_block;
         } else {
             pair = pair_of(shared.first, n_pair, block);
+            if (call.n_row > 1) pair = take_turns(call.n_row, shared.first, pair, own);
             first = shared.first[pair], last = shared.first[pair + 1];
         }
         // For merge: where a pair's states are.
-        if (block == first && threadIdx.x == 0) call.span[pair] = {first, last - first};
+        if (own == first && threadIdx.x == 0) call.span[pair] = {first, last - first};
         const Work work = call.work[pair];
-        const uint32_t n_tile = tiles_of(work), each = n_tile / (last - first), rest = n_tile % (last - first), i = block - first;
+        const uint32_t n_tile = tiles_of(work), each = n_tile / (last - first), rest = n_tile % (last - first), i = own - first;
         const uint32_t from = i * each + min(i, rest), n = each + (i < rest);
         state.reset();
         sweep(call, state, pair, work, from + n * warp / ATTEND_WARPS, from + n * (warp + 1) / ATTEND_WARPS);
-        store(call, shared, state, call.state + static_cast<uint64_t>(block) * call.group * (D + 2));
+        store(call, shared, state, call.state + static_cast<uint64_t>(own) * call.group * (D + 2));
     }
 }
 

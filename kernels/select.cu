@@ -1,9 +1,8 @@
 // Select: from scores to the kept clusters of one (row, KV head), and their keys laid out as tiles for attend.
 //
-// A team of blocks does one, a thread holds E neighbouring clusters in registers. The cut is found in two steps: a histogram of
-// the keys, weighted by what the clusters stand for, names the bin that holds it; the bin's few clusters are then ranked against
-// each other. What a block has to tell, it writes into the shared memory of all.
-#include "team.cuh"
+// A thread holds E neighbouring clusters in registers. The cut is found in two steps: a histogram of the keys, weighted by
+// what the clusters stand for, names the bin that holds it; the bin's few clusters are then ranked against each other.
+#include "common.cuh"
 
 namespace squeeze {
 namespace {
@@ -14,101 +13,62 @@ constexpr int BINS = 2048;
 // A bin is 2^17 float bits wide, 0.8 to 1.6 percent; the last one ends at 1.
 constexpr int BIN_SHIFT = 17;
 constexpr int FIRST_BIN = (0x3f800000 >> BIN_SHIFT) - BINS + 1;
-// Bins of one thread.
-constexpr int EACH = BINS / THREADS_MIN;
-// Clusters of the cut's bin that are ranked directly, an equal part of them from each block.
+// Clusters of the cut's bin that are ranked directly.
 constexpr int CANDIDATES = 512;
 
-struct Candidates {
-    uint32_t key[CANDIDATES], index[CANDIDATES], weight[CANDIDATES];
-};
-
 struct Shared {
-    union {
-        alignas(16) uint32_t histogram[BINS];
-        // Candidates without gaps, when the histogram is done with.
-        Candidates dense;
-        Entry list[BINS / 2];
-    };
+    alignas(16) uint32_t histogram[BINS];
     uint32_t warp[2][MAX_WARPS];
     float2 partial[2][MAX_WARPS];
-    uint32_t n_own, range, above, least, last;
-    // Written by all blocks of the team: per block, sums of EACH bins, candidates and their number, kept clusters and keys.
-    uint32_t sums[MAX_TEAM][THREADS_MIN];
-    Candidates candidates;
-    uint32_t n_candidate[MAX_TEAM], n_kept[MAX_TEAM], n_keys[MAX_TEAM];
+    uint32_t bin, above, n_candidate, least, last;
+    uint32_t key[CANDIDATES], index[CANDIDATES], weight[CANDIDATES];
 };
 
 // Exclusive sums over the block, of two numbers at once.
 __device__ __forceinline__ void scan(Shared &shared, uint32_t &a, uint32_t &b, uint32_t &a_total, uint32_t &b_total) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_warp = blockDim.x / 32;
-    uint32_t x = a, y = b;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        const uint32_t p = __shfl_up_sync(ALL, x, d), q = __shfl_up_sync(ALL, y, d);
-        if (lane >= d) x += p, y += q;
-    }
+    const uint32_t x = sum_upto(a), y = sum_upto(b);
     if (lane == 31) shared.warp[0][warp] = x, shared.warp[1][warp] = y;
     __syncthreads();
-    const uint32_t own_x = lane < n_warp ? shared.warp[0][lane] : 0, own_y = lane < n_warp ? shared.warp[1][lane] : 0;
-    uint32_t sum_x = own_x, sum_y = own_y;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        const uint32_t p = __shfl_up_sync(ALL, sum_x, d), q = __shfl_up_sync(ALL, sum_y, d);
-        if (lane >= d) sum_x += p, sum_y += q;
-    }
-    a_total = __shfl_sync(ALL, sum_x, 31);
-    b_total = __shfl_sync(ALL, sum_y, 31);
-    a = x - a + __shfl_sync(ALL, sum_x - own_x, warp);
-    b = y - b + __shfl_sync(ALL, sum_y - own_y, warp);
+    const uint32_t of_x = lane < n_warp ? shared.warp[0][lane] : 0, of_y = lane < n_warp ? shared.warp[1][lane] : 0;
+    a_total = __reduce_add_sync(ALL, of_x);
+    b_total = __reduce_add_sync(ALL, of_y);
+    a = x - a + __reduce_add_sync(ALL, lane < warp ? of_x : 0);
+    b = y - b + __reduce_add_sync(ALL, lane < warp ? of_y : 0);
 }
 
-// The bin in which the team's sum from the largest down reaches `want`; the sum above it goes to `above`. ALL if no bin does.
-// Histograms must stay until the team's next barrier.
-__device__ uint32_t bin_of(Shared &shared, uint32_t team, uint32_t rank, uint32_t want, uint32_t &above) {
-    const int lane = threadIdx.x % 32, low = BINS - EACH * (static_cast<int>(threadIdx.x) + 1);
-    if (threadIdx.x == 0) shared.range = ALL;
-    __syncthreads();
-    // The first threads do it; others only take part in the sums.
+// The bin in which the sum from the largest down reaches `want`; the sum above it goes to `above`. ALL if no bin does.
+__device__ uint32_t bin_of(Shared &shared, uint32_t want, uint32_t &above) {
+    constexpr int EACH = BINS / THREADS_MIN;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, low = BINS - EACH * (static_cast<int>(threadIdx.x) + 1);
+    if (threadIdx.x == 0) shared.bin = ALL;
+    // The first warps do it; others wait.
+    uint32_t bins[EACH] = {}, sum = 0, upto = 0;
     if (low >= 0) {
-        uint32_t own = 0;
 #pragma unroll
         for (int i = 0; i < EACH; i += 4) {
             const uint4 four = *reinterpret_cast<const uint4 *>(&shared.histogram[low + i]);
-            own += four.x + four.y + four.z + four.w;
+            bins[i] = four.x, bins[i + 1] = four.y, bins[i + 2] = four.z, bins[i + 3] = four.w;
         }
 #pragma unroll
-        for (uint32_t b = 0; b < MAX_TEAM; ++b)
-            if (b < team) put(&shared.sums[rank][threadIdx.x], b, own);
+        for (int i = 0; i < EACH; ++i) sum += bins[i];
+        upto = sum_upto(sum);
+        if (lane == 31) shared.warp[0][warp] = upto;
     }
-    sync_team(team);
-    uint32_t sum = 0;
-#pragma unroll
-    for (uint32_t b = 0; b < MAX_TEAM; ++b)
-        if (low >= 0 && b < team) sum += shared.sums[b][threadIdx.x];
-    uint32_t before = sum, unused = 0, total, unused_total;
-    scan(shared, before, unused, total, unused_total);
-    if (before < want && before + sum >= want) shared.range = low, shared.above = before;
     __syncthreads();
-    const uint32_t range = shared.range;
-    if (range == ALL) return ALL;
-    // Each warp for itself: a lane per bin and block, from the largest bin down.
-    static_assert(EACH == 8 && MAX_TEAM <= 8);
-    const uint32_t *own_bin = &shared.histogram[range + EACH - 1 - lane % EACH], b = lane / EACH;
-    const uint32_t bin_low = b < team ? get(own_bin, b) : 0, bin_high = b + 4 < team ? get(own_bin, b + 4) : 0;
-    uint32_t bin = bin_low + bin_high;
-    bin += __shfl_xor_sync(ALL, bin, 8);
-    bin += __shfl_xor_sync(ALL, bin, 16);
-    uint32_t upto = bin;
+    if (low >= 0) {
+        uint32_t before = upto - sum + __reduce_add_sync(ALL, lane < warp ? shared.warp[0][lane] : 0);
+        if (before < want && before + sum >= want) {
 #pragma unroll
-    for (int d = 1; d < EACH; d *= 2) {
-        const uint32_t p = __shfl_up_sync(ALL, upto, d, EACH);
-        if (lane % EACH >= d) upto += p;
+            for (int i = EACH - 1; i >= 0; --i) {
+                if (before < want && before + bins[i] >= want) shared.bin = low + i, shared.above = before;
+                before += bins[i];
+            }
+        }
     }
-    upto += shared.above;
-    const int at = __ffs(__ballot_sync(ALL, upto >= want)) - 1;
-    above = __shfl_sync(ALL, upto - bin, at);
-    return range + EACH - 1 - at;
+    __syncthreads();
+    above = shared.above;
+    return shared.bin;
 }
 
 // Per head of the group, the max and the sum of all partial sums of a column, in every warp: lane g * share.
@@ -133,9 +93,7 @@ __device__ __forceinline__ float2 combine(float2 own, int lanes) {
 
 // Warps per head of the group.
 __device__ __forceinline__ int warps_per_head(uint32_t group) {
-    int share = 1;
-    while (2 * share * group * 32 <= blockDim.x) share *= 2;
-    return share;
+    return 1 << max(31 - __clz(blockDim.x / 32 / group), 0);
 }
 
 __device__ void sum_partials(const Call &call, float2 *shared, const float2 *partial, uint32_t n_tile, uint32_t n_sink_tile) {
@@ -173,21 +131,19 @@ __device__ Norms norms_of(const Call &call, const float2 *shared) {
 
 }  // namespace
 
-// Grid: (n_row * blocks of a team, n_head_kv); block: a power of two of at least 256 threads, with E clusters each.
+// Grid: (n_row, n_head_kv); block: a power of two of at least 256 threads, with E clusters each.
 template <int E, bool MASS, int THREADS>
 __device__ void select_clusters(const Call &call) {
     __shared__ Shared shared;
-    const uint32_t team = team_size(), rank = blockIdx.x % team, row = blockIdx.x / team, head_kv = blockIdx.y;
-    const uint32_t pair = head_kv * call.n_row + row, from = (rank * blockDim.x + threadIdx.x) * E;
+    const uint32_t row = blockIdx.x, head_kv = blockIdx.y, pair = head_kv * call.n_row + row, from = threadIdx.x * E;
     const int lane = threadIdx.x % 32;
-    announce(team);
     // Lookup has started, so whatever was before it is done. Without bindings there is no lookup, and no row is sparse.
     Work work = {call.n_bound > 0 ? call.rows[row] : -1, 0, 0, (call.n_kv + TILE - 1) / TILE, 0, 0};
     const Bound &bound = call.bound[max(work.bound, 0)];
     const Layer &layer = bound.layer;
     const uint32_t n = layer.n_cluster, n_tile = (n + TILE - 1) / TILE, n_sink_tile = (layer.n_sink + TILE - 1) / TILE;
-    uint32_t size[E], member = 0;
-    // The index does not change: it can be read before the scores are there.
+    // Nor does the index change: it is read before the scores are there.
+    uint32_t size[E] = {}, member = 0;
     if (work.bound >= 0) {
         const uint4 *at = reinterpret_cast<const uint4 *>(offsets_of(layer, head_kv) + from);
         uint4 four = from < n ? at[0] : uint4{0, 0, 0, 0};
@@ -204,9 +160,8 @@ __device__ void select_clusters(const Call &call) {
         }
     }
     for (int i = threadIdx.x; i < BINS; i += blockDim.x) shared.histogram[i] = 0;
-    if (threadIdx.x == 0) shared.n_own = 0;
+    if (threadIdx.x == 0) shared.n_candidate = 0;
     await_previous(call);
-    await_team(team);
 
     bool bad = work.bound < 0;
     if (!bad && threadIdx.x < CHECK_BLOCKS) bad = call.check[(work.bound * CHECK_BLOCKS + threadIdx.x) * call.n_row + row] != 0;
@@ -218,7 +173,7 @@ __device__ void select_clusters(const Call &call) {
         for (int e = 0; e < E / 4; ++e) out[e] = from + 4 * e < n ? at[e] : float4{0, 0, 0, 0};
     };
     // Scores of so many heads are on their way at once.
-    constexpr int HEADS = THREADS == THREADS_MIN && E <= 16 ? 4 : 1;
+    constexpr int HEADS = THREADS <= 512 ? 4 : 1;
     float4 y[HEADS][E / 4];
     if (work.bound >= 0) {
 #pragma unroll
@@ -229,7 +184,7 @@ __device__ void select_clusters(const Call &call) {
     }
     if (__syncthreads_or(bad)) {
         work.bound = -1;
-        if (rank == 0 && threadIdx.x == 0) call.work[pair] = work;
+        if (threadIdx.x == 0) call.work[pair] = work;
         return;
     }
 
@@ -288,72 +243,46 @@ __device__ void select_clusters(const Call &call) {
         // Past the last cluster the weight is 0.
 #pragma unroll
         for (int e = 0; e < E; ++e) atomicAdd(&shared.histogram[bin(p[e])], weight(e));
+        __syncthreads();
         uint32_t above;
-        const uint32_t cut = bin_of(shared, team, rank, target, above);
+        const uint32_t cut = bin_of(shared, target, above);
         if (cut != ALL) {
-            const uint32_t room = CANDIDATES / team;
 #pragma unroll
             for (int e = 0; e < E; ++e) {
                 if (from + e < n && bin(p[e]) == static_cast<int>(cut)) {
-                    const uint32_t at = atomicAdd(&shared.n_own, 1), to = rank * room + at;
-#pragma unroll
-                    for (uint32_t b = 0; b < MAX_TEAM; ++b) {
-                        if (b >= team || at >= room) break;
-                        put(&shared.candidates.key[to], b, __float_as_uint(p[e]));
-                        put(&shared.candidates.index[to], b, from + e);
-                        put(&shared.candidates.weight[to], b, weight(e));
-                    }
+                    const uint32_t at = atomicAdd(&shared.n_candidate, 1);
+                    if (at < CANDIDATES) shared.key[at] = __float_as_uint(p[e]), shared.index[at] = from + e, shared.weight[at] = weight(e);
                 }
             }
             __syncthreads();
-            if (threadIdx.x < team) put(&shared.n_candidate[rank], threadIdx.x, shared.n_own);
-            sync_team(team);
-            // Where a block's candidates begin in a list without gaps.
-            uint32_t n_candidate = 0, most = 0, begin[MAX_TEAM];
-#pragma unroll
-            for (uint32_t b = 0; b < MAX_TEAM; ++b) {
-                const uint32_t count = b < team ? shared.n_candidate[b] : 0;
-                most = max(most, count), begin[b] = n_candidate, n_candidate += count;
-            }
-            for (uint32_t slot = threadIdx.x; slot < CANDIDATES && most <= room; slot += blockDim.x) {
-                const uint32_t block = slot / room, i = slot % room;
-                uint32_t to = i;
-#pragma unroll
-                for (uint32_t b = 0; b < MAX_TEAM; ++b)
-                    if (b == block) to += begin[b];
-                if (i >= shared.n_candidate[block]) continue;
-                shared.dense.key[to] = shared.candidates.key[slot];
-                shared.dense.index[to] = shared.candidates.index[slot];
-                shared.dense.weight[to] = shared.candidates.weight[slot];
-            }
-            if (most <= room) {
-                const Candidates &all = shared.dense;
-                __syncthreads();
+            const uint32_t n_candidate = shared.n_candidate;
+            if (n_candidate <= CANDIDATES) {
                 for (uint32_t i = threadIdx.x / 32; i < n_candidate; i += blockDim.x / 32) {
-                    const uint32_t key = all.key[i], index = all.index[i];
+                    const uint32_t key = shared.key[i], index = shared.index[i];
                     uint32_t better = 0;
                     for (uint32_t j = lane; j < n_candidate; j += 32)
-                        if (all.key[j] > key || (all.key[j] == key && all.index[j] < index)) better += all.weight[j];
+                        if (shared.key[j] > key || (shared.key[j] == key && shared.index[j] < index)) better += shared.weight[j];
                     better = above + __reduce_add_sync(ALL, better);
-                    if (lane == 0 && better < target && better + all.weight[i] >= target) shared.least = key, shared.last = index;
+                    if (lane == 0 && better < target && better + shared.weight[i] >= target) shared.least = key, shared.last = index;
                 }
                 __syncthreads();
                 least = shared.least, last = shared.last;
             } else {
                 // Many equal or very small ones: 11 bits of the rank at a time, the cluster's number being its last 24.
-                auto rank_of = [&](int e) { return static_cast<uint64_t>(__float_as_uint(p[e])) << 24 | (0xffffff - (from + e)); };
+                auto rank = [&](int e) { return static_cast<uint64_t>(__float_as_uint(p[e])) << 24 | (0xffffff - (from + e)); };
                 uint64_t found = 0;
                 for (int shift = 44; shift >= 0; shift -= 11) {
-                    sync_team(team);
+                    __syncthreads();
                     for (int i = threadIdx.x; i < BINS; i += blockDim.x) shared.histogram[i] = 0;
                     __syncthreads();
 #pragma unroll
                     for (int e = 0; e < E; ++e) {
                         const bool mine = from + e < n && bin(p[e]) == static_cast<int>(cut);
-                        if (mine && rank_of(e) >> shift >> 11 == found) atomicAdd(&shared.histogram[rank_of(e) >> shift & (BINS - 1)], weight(e));
+                        if (mine && rank(e) >> shift >> 11 == found) atomicAdd(&shared.histogram[rank(e) >> shift & (BINS - 1)], weight(e));
                     }
+                    __syncthreads();
                     uint32_t more;
-                    const uint32_t digit = bin_of(shared, team, rank, target - above, more);
+                    const uint32_t digit = bin_of(shared, target - above, more);
                     found = found << 11 | digit;
                     above += more;
                 }
@@ -373,24 +302,15 @@ __device__ void select_clusters(const Call &call) {
         const bool keep = from + e < n && (key > least || (key == least && from + e <= last));
         if (keep) n_kept += 1, n_keys += size[e], bits[e / 32] |= 1u << e % 32;
     }
-    uint32_t kept_at = n_kept, key_at = n_keys, own_kept, own_keys;
+    uint32_t kept_at = n_kept, key_at = n_keys, kept_total, key_total;
     __syncthreads();
-    scan(shared, kept_at, key_at, own_kept, own_keys);
-    if (threadIdx.x < team) put(&shared.n_kept[rank], threadIdx.x, own_kept), put(&shared.n_keys[rank], threadIdx.x, own_keys);
-    sync_team(team);
-    uint32_t kept_before = 0, keys_before = 0, kept_total = 0, key_total = 0;
-#pragma unroll
-    for (uint32_t b = 0; b < MAX_TEAM; ++b) {
-        if (b >= team) break;
-        if (b == rank) kept_before = kept_total, keys_before = key_total;
-        kept_total += shared.n_kept[b], key_total += shared.n_keys[b];
-    }
-    key_at += keys_before;
+    scan(shared, kept_at, key_at, kept_total, key_total);
 
     Entry *entries = call.entries + static_cast<uint64_t>(pair) * (call.n_cluster + 1);
     uint32_t *directory = call.directory + static_cast<uint64_t>(pair) * call.max_tiles;
-    // First the block's kept clusters alone, in shared memory if they fit, then a thread for each.
-    Entry *list = own_kept <= BINS / 2 ? shared.list : entries + kept_before;
+    // First the kept clusters alone, in shared memory if they fit, then a thread for each.
+    constexpr uint32_t ROOM = BINS * sizeof(uint32_t) / sizeof(Entry);
+    Entry *list = kept_total < ROOM ? reinterpret_cast<Entry *>(shared.histogram) : entries;
 #pragma unroll
     for (int e = 0; e < E; ++e) {
         if (bits[e / 32] >> e % 32 & 1) {
@@ -399,24 +319,24 @@ __device__ void select_clusters(const Call &call) {
         }
         member += size[e];
     }
-    if (threadIdx.x == 0 && rank == team - 1) entries[kept_total] = {key_total, 0};
+    if (threadIdx.x == 0) list[kept_total] = {key_total, 0};
     __syncthreads();
     const uint32_t *members = layer.members + static_cast<uint64_t>(head_kv) * layer.n_clustered;
-    for (uint32_t base = threadIdx.x - lane; base < own_kept; base += blockDim.x) {
+    for (uint32_t base = threadIdx.x - lane; base <= kept_total; base += blockDim.x) {
         const uint32_t i = base + lane;
-        const bool there = i < own_kept;
-        const Entry own = there ? list[i] : Entry{0, 0};
-        const uint32_t end = !there ? 0 : i + 1 < own_kept ? list[i + 1].before : keys_before + own_keys;
-        if (there && list == shared.list) entries[kept_before + i] = own;
+        const bool there = i < kept_total;
+        const Entry own = i <= kept_total ? list[i] : Entry{0, 0};
+        const uint32_t end = there ? list[i + 1].before : own.before;
+        if (i <= kept_total && list != entries) entries[i] = own;
         if (there) asm volatile("prefetch.global.L2 [%0];" ::"l"(members + own.first));
-        const bool is_long = there && end - own.before > 8 * TILE;
+        const bool is_long = end - own.before > 8 * TILE;
         if (!is_long)
-            for (uint32_t t = (own.before + TILE - 1) / TILE; t * TILE < end; ++t) directory[t] = kept_before + i;
+            for (uint32_t t = (own.before + TILE - 1) / TILE; t * TILE < end; ++t) directory[t] = i;
         // A long cluster's tiles are written by the whole warp.
         for (uint32_t left = __ballot_sync(ALL, is_long); left != 0; left &= left - 1) {
             const int owner = __ffs(left) - 1;
             const uint32_t start = __shfl_sync(ALL, own.before, owner), stop = __shfl_sync(ALL, end, owner);
-            for (uint32_t t = (start + TILE - 1) / TILE + lane; t * TILE < stop; t += 32) directory[t] = kept_before + base + owner;
+            for (uint32_t t = (start + TILE - 1) / TILE + lane; t * TILE < stop; t += 32) directory[t] = base + owner;
         }
     }
     if (call.estimate) {
@@ -433,7 +353,7 @@ __device__ void select_clusters(const Call &call) {
             if (from % 32 == 0 && from < call.n_cluster) words[from / 32] = word;
         }
     }
-    if (rank == 0 && threadIdx.x == 0) {
+    if (threadIdx.x == 0) {
         work.n_kept = kept_total;
         work.n_keys = key_total;
         work.always_tiles = (bound.n_always + TILE - 1) / TILE;
@@ -444,16 +364,16 @@ __device__ void select_clusters(const Call &call) {
 }
 
 #define SELECT(E, THREADS)                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, E <= 8 ? 3 : 1) select_##E##_##THREADS(const __grid_constant__ Call call) {        \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) select_##E##_##THREADS(const __grid_constant__ Call call) {        \
         select_clusters<E, false, THREADS>(call);                                                                                 \
     }                                                                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) select_##E##_##THREADS##_mass(const __grid_constant__ Call call) { \
         select_clusters<E, true, THREADS>(call);                                                                                  \
     }
 SELECT(8, 256)
-SELECT(16, 256)
-SELECT(32, 256)
+SELECT(16, 512)
 SELECT(16, 1024)
+SELECT(32, 1024)
 SELECT(64, 1024)
 
 }  // namespace squeeze

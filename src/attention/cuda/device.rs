@@ -42,9 +42,9 @@ pub struct Device {
     /// For each of `params::SELECT`: by keys, and by mass.
     pub(super) select: [[sys::CUfunction; 2]; params::SELECT.len()],
     pub(super) heads: [Kernels; 2],
-    /// Are the kernels built for compute capability 9.0 or later? Then one starts while the one before it ends, and blocks form
-    /// teams. PTX for 8.0 does neither, whatever GPU it runs on.
-    pub(super) hopper: bool,
+    /// Can a kernel start while the one before it ends? Those built for compute capability 9.0 and later do; PTX for 8.0 does
+    /// not, whatever GPU it runs on.
+    pub(super) overlap: bool,
 }
 
 // SAFETY: handles of the driver, which any thread may use.
@@ -117,7 +117,7 @@ impl Device {
                 attend_blocks: [0; 2],
                 merge: std::ptr::null_mut(),
             }),
-            hopper: false,
+            overlap: false,
         };
         device.enter()?;
         device.load(n_sm)?;
@@ -157,7 +157,7 @@ impl Device {
         unsafe { sys::cuFuncGetAttribute(&mut version, attribute, self.heads[0].merge) }
             .result()
             .map_err(Error::driver("tell a kernel's version"))?;
-        self.hopper = version >= 90;
+        self.overlap = version >= 90;
         for (to, (each, threads)) in self.select.iter_mut().zip(params::SELECT) {
             let name = format!("select_{each}_{threads}");
             *to = [function(select, &name)?, function(select, &format!("{name}_mass"))?];

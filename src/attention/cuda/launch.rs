@@ -15,7 +15,7 @@ const WORKSPACE_MAX: usize = 256 << 20;
 /// Of that, the blocks' states: more blocks at once than fit here run one after the other.
 const STATE_MAX: usize = 64 << 20;
 /// Tiles that a block of attend should have per wave, where there are waves.
-const WAVE_TILES: usize = 32;
+const WAVE_TILES: usize = 16;
 /// Clusters per KV head that select takes.
 const MAX_CLUSTERS: usize = SELECT[SELECT.len() - 1].0 * SELECT[SELECT.len() - 1].1;
 
@@ -63,10 +63,9 @@ struct Plan {
     head: usize,
     diag: usize,
     wide: usize,
-    /// Variant of select, its threads, and blocks of a team.
+    /// Variant of select, and its threads.
     select: usize,
     select_threads: usize,
-    team: usize,
     y: usize,
     x: usize,
     partial: usize,
@@ -195,11 +194,8 @@ impl Plan {
         let wide = (group > COLUMNS) as usize;
         let diag = (spread == Spread::Diag) as usize;
         let head = HEAD_DIMS.iter().position(|dim| *dim == d).expect("checked above");
-        let most = if device.hopper { MAX_TEAM } else { 1 };
-        let select = SELECT.iter().position(|(e, threads)| n_cluster <= e * threads * most).expect("checked above");
-        let (each, threads) = SELECT[select];
-        let team = n_cluster.div_ceil(each * threads).next_power_of_two();
-        let select_threads = n_cluster.div_ceil(each * team).next_power_of_two().clamp(SELECT_THREADS_MIN, threads);
+        let select = SELECT.iter().position(|(each, threads)| n_cluster <= each * threads).expect("checked above");
+        let select_threads = n_cluster.div_ceil(SELECT[select].0).next_power_of_two().max(SELECT_THREADS_MIN);
         let n_block = device.heads[head].attend_blocks[wide];
         // Checks and sinks take blocks of their own; all run at once. Each KV head has the same number.
         let most = device.heads[head].lookup_blocks[diag].saturating_sub(CHECK_BLOCKS + n_head_kv) / n_head_kv;
@@ -227,7 +223,6 @@ impl Plan {
             wide,
             select,
             select_threads,
-            team,
             y: c.area::<f32>(scores),
             x: c.area::<f32>(if estimate || by_mass { scores } else { 0 }),
             partial: c.area::<f32>(partials),
@@ -360,16 +355,20 @@ impl Attention {
         unsafe {
             match stage {
                 0 if p.n_bound == 0 => Ok(()),
-                0 => self.start(kernels.lookup[self.plan.diag], lookup, [LOOKUP_THREADS, 1], 1, stream),
+                0 => self.start(kernels.lookup[self.plan.diag], lookup, [LOOKUP_THREADS, 1], stream),
                 1 => {
-                    let select = self.device.select[self.plan.select][(p.mode == MODE_MASS) as usize];
-                    let team = self.plan.team as u32;
-                    self.start(select, [p.n_row * team, p.n_head_kv, 1], [self.plan.select_threads, 1], team, stream)
+                    let threads = [self.plan.select_threads, 1];
+                    self.start(
+                        self.device.select[self.plan.select][(p.mode == MODE_MASS) as usize],
+                        [p.n_row, p.n_head_kv, 1],
+                        threads,
+                        stream,
+                    )
                 }
-                2 => self.start(kernels.attend[self.plan.wide], [p.n_block, 1, 1], [ATTEND_THREADS, 1], 1, stream),
+                2 => self.start(kernels.attend[self.plan.wide], [p.n_block, 1, 1], [ATTEND_THREADS, 1], stream),
                 _ => {
                     let threads = [HEAD_DIMS[self.plan.head], MERGE_GROUPS];
-                    self.start(kernels.merge, [p.n_row * p.n_head_kv, p.group, 1], threads, 1, stream)
+                    self.start(kernels.merge, [p.n_row * p.n_head_kv, p.group, 1], threads, stream)
                 }
             }
         }
@@ -382,20 +381,13 @@ impl Attention {
         function: sys::CUfunction,
         grid: [u32; 3],
         threads: [usize; 2],
-        team: u32,
         stream: sys::CUstream,
     ) -> Result<(), Error> {
-        use sys::CUlaunchAttributeID as Id;
-        let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
-        let mut clusters = sys::CUlaunchAttributeValue { pad: [0; 64] };
-        clusters.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: team, y: 1, z: 1 };
-        let mut attributes = [
-            attribute(
-                Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-                sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-            ),
-            attribute(Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, clusters),
-        ];
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
         let config = sys::CUlaunchConfig {
             gridDimX: grid[0],
             gridDimY: grid[1],
@@ -405,8 +397,8 @@ impl Attention {
             blockDimZ: 1,
             sharedMemBytes: 0,
             hStream: stream,
-            attrs: attributes.as_mut_ptr(),
-            numAttrs: if self.device.hopper { 1 + (team > 1) as c_uint } else { 0 },
+            attrs: &mut attribute,
+            numAttrs: self.device.overlap as c_uint,
         };
         let mut arguments = [(&raw const self.parameters).cast_mut().cast::<c_void>()];
         // SAFETY: the parameter is what the kernel takes and is copied by the call; the rest is the caller's contract.

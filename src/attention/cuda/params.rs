@@ -14,10 +14,8 @@ pub(super) const SELECT_THREADS_MIN: usize = 256;
 pub(super) const MERGE_GROUPS: usize = 4;
 /// Tiles of sinks of a binding at most.
 pub(super) const SINK_TILES: usize = 8;
-/// Variants of select: clusters per thread, and threads at most. Without teams the last ones are needed.
-pub(super) const SELECT: [(usize, usize); 5] = [(8, 256), (16, 256), (32, 256), (16, 1024), (64, 1024)];
-/// Blocks of select that share a (row, KV head) at most.
-pub(super) const MAX_TEAM: usize = 8;
+/// Variants of select: clusters per thread, and threads at most.
+pub(super) const SELECT: [(usize, usize); 5] = [(8, 256), (16, 512), (16, 1024), (32, 1024), (64, 1024)];
 /// (row, KV head) pairs of a call, and query heads per KV head, at most.
 pub(super) const MAX_PAIRS: usize = 2048;
 pub(super) const MAX_GROUP: usize = 16;
@@ -165,8 +163,6 @@ mod tests {
         ] {
             assert_eq!(of(name), own, "{name}");
         }
-        let team = include_str!("../../../kernels/team.cuh");
-        assert!(team.contains(&format!("MAX_TEAM = {MAX_TEAM};")));
         let select = include_str!("../../../kernels/select.cu");
         SELECT.iter().for_each(|(e, t)| assert!(select.contains(&format!("\nSELECT({e}, {t})\n")), "SELECT({e}, {t})"));
     }
