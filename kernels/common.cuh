@@ -126,11 +126,13 @@ __device__ __forceinline__ uint32_t tiles_of(const Work &work) {
     return work.always_tiles + work.member_tiles + work.estimate_tiles;
 }
 
-// Attend works as if it had so many blocks: its own, once per wave, and at least two per pair.
+// Attend works as if it had so many blocks: its own, once per wave, and at least two per pair. A single wave has no more than
+// give each warp a tile: merge reads what each block leaves.
 __device__ __forceinline__ uint32_t virtual_blocks(const Call &call, uint32_t n_pair, uint32_t n_tile) {
     const uint32_t waves = (n_tile + call.n_block * call.wave_tiles / 2) / (call.n_block * call.wave_tiles);
     const uint32_t least = (2 * n_pair + call.n_block - 1) / call.n_block;
-    return call.n_block * max(min(waves, call.max_waves), least);
+    const uint32_t all = call.n_block * max(min(waves, call.max_waves), least);
+    return all > call.n_block ? all : min(all, 2 * n_pair + n_tile / ATTEND_WARPS);
 }
 // First tile of a block of lookup.
 __device__ __forceinline__ uint32_t first_tile(uint32_t block, uint32_t n_block, uint32_t n_tile) {

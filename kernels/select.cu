@@ -173,7 +173,7 @@ __device__ void select_clusters(const Call &call) {
         for (int e = 0; e < E / 4; ++e) out[e] = from + 4 * e < n ? at[e] : float4{0, 0, 0, 0};
     };
     // Scores of so many heads are on their way at once.
-    constexpr int HEADS = THREADS <= 512 ? 4 : 1;
+    constexpr int HEADS = THREADS <= 512 ? 4 : E <= 8 ? 2 : 1;
     float4 y[HEADS][E / 4];
     if (work.bound >= 0) {
 #pragma unroll
@@ -370,8 +370,8 @@ __device__ void select_clusters(const Call &call) {
     extern "C" __global__ void __launch_bounds__(THREADS, 1) select_##E##_##THREADS##_mass(const __grid_constant__ Call call) { \
         select_clusters<E, true, THREADS>(call);                                                                                  \
     }
-SELECT(8, 256)
-SELECT(16, 512)
+SELECT(4, 512)
+SELECT(8, 1024)
 SELECT(16, 1024)
 SELECT(32, 1024)
 SELECT(64, 1024)

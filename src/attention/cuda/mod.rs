@@ -23,6 +23,17 @@ pub const HEAD_DIMS: [usize; 2] = [64, 128];
 /// Query rows of one call at most.
 pub const MAX_ROWS: usize = 16;
 
+/// Prefix, in tokens, from which a sparse call of one query row is faster than the best dense attention: the default of the
+/// smallest prefix on a GPU. Measured on an H100 (docs/benchmarks.md); what counts is the bytes that a token has in the cache.
+/// Kinds of heads that lie between two measured ones get the longer prefix.
+pub fn min_prefix(n_head_kv: usize, head_dim: usize) -> usize {
+    match n_head_kv * head_dim {
+        4096.. => 2048,
+        1024.. => 4096,
+        _ => 16384,
+    }
+}
+
 /// Why something cannot be done on a GPU; the caller computes densely, by other means.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -45,4 +56,13 @@ pub enum Error {
 /// What the library was built without, if it has no CUDA kernels.
 pub fn missing() -> Option<&'static str> {
     (!device::MISSING.is_empty()).then_some(device::MISSING)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn shorter_prefixes_pay_where_a_token_has_more_bytes() {
+        assert_eq!([(32, 128), (8, 128), (2, 64)].map(|(n, d)| super::min_prefix(n, d)), [2048, 4096, 16384]);
+        assert_eq!(super::min_prefix(4, 128), super::min_prefix(2, 64));
+    }
 }

@@ -15,7 +15,7 @@ pub(super) const MERGE_GROUPS: usize = 4;
 /// Tiles of sinks of a binding at most.
 pub(super) const SINK_TILES: usize = 8;
 /// Variants of select: clusters per thread, and threads at most.
-pub(super) const SELECT: [(usize, usize); 5] = [(8, 256), (16, 512), (16, 1024), (32, 1024), (64, 1024)];
+pub(super) const SELECT: [(usize, usize); 5] = [(4, 512), (8, 1024), (16, 1024), (32, 1024), (64, 1024)];
 /// (row, KV head) pairs of a call, and query heads per KV head, at most.
 pub(super) const MAX_PAIRS: usize = 2048;
 pub(super) const MAX_GROUP: usize = 16;
