@@ -192,7 +192,8 @@ pub(crate) fn check_lengths(model: &Model, file: &Path, tokens: &[i32]) -> Resul
     Ok(())
 }
 
-/// Fewer tokens in a graph than this take a kernel of llama.cpp on the CPU that sums values in F16, too coarse to check a capture by.
+/// Fewer tokens in a graph than this take a kernel of llama.cpp on the CPU that sums values in F16, too coarse
+/// to check a capture by.
 const LEAST_UBATCH: usize = 64;
 
 /// Decodes what is missing of the prefix, under the context's capture; the seconds it took.
@@ -237,7 +238,8 @@ pub(crate) enum Made {
     Dense(String),
 }
 
-/// Makes the index's part of a layer (its number among the layers is the last argument), and the sketch where it is of that layer.
+/// Makes the index's part of a layer (its number among the layers is the last argument), and the sketch where it is of that
+/// layer.
 pub(crate) type Make<'a> = dyn FnMut(&LayerCapture, &mut IndexParts, &Phase, usize) -> Result<Made> + 'a;
 
 pub(crate) fn report(parts: IndexParts, bytes: u64, seconds: [f64; 2], capture_error: f32) -> Report {

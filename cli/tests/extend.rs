@@ -1,5 +1,5 @@
-//! `sqz extend` on a real model: the longer index binds and is sparse, the old state saves the old part, and what does not continue
-//! the old text or was made otherwise is refused.
+//! `sqz extend` on a real model: the longer index binds and is sparse, the old state saves the old part, and what does
+//! not continue the old text or was made otherwise is refused.
 
 mod common;
 

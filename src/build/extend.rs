@@ -41,7 +41,8 @@ impl Settings {
 /// Whether an index can be extended to what `new` describes (calibration and dense layers aside).
 ///
 /// # Errors
-/// `NotContinued` where the tokens are not those of a longer text that begins with the old one; `Differs` for another model or other settings.
+/// `NotContinued` where the tokens are not those of a longer text that begins with the old one; `Differs` for another model or
+/// other settings.
 pub fn check_extension(old: &IndexMeta, new: &IndexMeta) -> Result<(), BuildError> {
     let differs = |what: &'static str, old: String, new: String| Err(BuildError::Differs { what, old, new });
     let hex = |f: &[u8; 32]| f[..8].iter().map(|b| format!("{b:02x}")).collect::<String>();
@@ -362,7 +363,8 @@ fn unit(rows: &[f16], dim: usize) -> Vec<f32> {
     out
 }
 
-/// The sketch of the longer prefix (`capture` is of the sketched layer): the same elements of every token as `old` keeps, those of the new tokens from `capture`.
+/// The sketch of the longer prefix (`capture` is of the sketched layer): the same elements of every token
+/// as `old` keeps, those of the new tokens from `capture`.
 /// Its margin may differ: measure it again.
 ///
 /// # Errors

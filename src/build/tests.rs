@@ -213,8 +213,8 @@ fn unusable_settings_are_refused() {
     }
 }
 
-/// Every part of an index that this code makes, of a capture made up here, as a file without calibration: one layer clustered in one
-/// level, one top down.
+/// Every part of an index that this code makes, of a capture made up here, as a file without calibration: one
+/// layer clustered in one level, one top down.
 fn made_up_index() -> (Vec<u8>, Vec<crate::index::Calibration>) {
     let (n_prefix, n_head_kv, n_group, dim) = (120, 2, 2, 64);
     let mut parts = crate::index::sample::sample_parts(1, n_prefix, 1, 2, dim, dim, 4);
