@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const STAGES: [&str; 4] = ["lookup", "select", "attend", "merge"];
+const STAGES: [&str; 5] = ["digest", "lookup", "select", "attend", "merge"];
 const DEFAULT_ARCHS: &str = "90";
 /// Oldest architecture of the PTX.
 const PTX: &str = "80";

@@ -2,8 +2,9 @@
 //! each stage, bytes moved and the share of the card's copy bandwidth. One JSON object per line on stdout; scripts/bench-cuda.py
 //! adds PyTorch's dense attention and makes the table.
 //!
-//! `cargo bench --bench cuda -- HEADS/KV_HEADSxD@PREFIX ROWS BUDGET [radius|diag|none] [estimate]`, each further call after a
-//! comma of its own.
+//! `cargo bench --bench cuda -- HEADS/KV_HEADSxD@PREFIX ROWS BUDGET [radius|diag|none] [estimate] [coarse=SHARE] [unwatched]`,
+//! each further call after a comma of its own. `coarse`: with a coarse level (1 % of the keys) that opens this share of them.
+//! `unwatched`: without the check of sampled rows.
 
 use std::mem::MaybeUninit;
 use std::sync::Arc;
@@ -33,6 +34,8 @@ struct Shape {
     budget: f32,
     spread: Spread,
     estimate: bool,
+    coarse_share: f32,
+    watched: bool,
 }
 
 fn parse(text: &str) -> Option<Shape> {
@@ -56,6 +59,8 @@ fn parse(text: &str) -> Option<Shape> {
         budget,
         spread,
         estimate: rest.contains(&"estimate"),
+        coarse_share: rest.iter().find_map(|w| w.strip_prefix("coarse=")).map_or(Some(1.0), |w| w.parse().ok())?,
+        watched: !rest.contains(&"unwatched"),
     })
 }
 
@@ -75,16 +80,19 @@ fn normals(seed: u64, n: usize) -> Vec<f16> {
 fn index_bytes(s: &Shape) -> Vec<u8> {
     let n = s.n_prefix - SINKS - WINDOW;
     let n_cluster = n / 20;
+    let n_coarse = n / 100;
+    let cut = |r: &mut SmallRng, n: usize, parts: usize| -> Vec<u32> {
+        let mut cuts = rand::seq::index::sample(r, n - 1, parts - 1).into_vec();
+        cuts.sort_unstable();
+        std::iter::once(0).chain(cuts.into_iter().map(|c| c as u32 + 1)).chain([n as u32]).collect()
+    };
     let heads: Vec<(Vec<u32>, Vec<u32>)> = (0..s.n_head_kv)
         .into_par_iter()
         .map(|h| {
             let mut r = SmallRng::seed_from_u64(h as u64);
             let mut members: Vec<u32> = (SINKS as u32..(SINKS + n) as u32).collect();
             (1..n).rev().for_each(|i| members.swap(i, r.random_range(0..=i)));
-            let mut cuts = rand::seq::index::sample(&mut r, n - 1, n_cluster - 1).into_vec();
-            cuts.sort_unstable();
-            let offsets: Vec<u32> =
-                std::iter::once(0).chain(cuts.into_iter().map(|c| c as u32 + 1)).chain([n as u32]).collect();
+            let offsets = cut(&mut r, n, n_cluster);
             offsets.windows(2).for_each(|w| members[w[0] as usize..w[1] as usize].sort_unstable());
             (offsets, members)
         })
@@ -98,7 +106,7 @@ fn index_bytes(s: &Shape) -> Vec<u8> {
             head_dim_k: s.d as u32,
             head_dim_v: s.d as u32,
             n_cluster: n_cluster as u32,
-            n_coarse: 0,
+            n_coarse: n_coarse as u32,
             scale: 1.0 / (s.d as f32).sqrt(),
         },
         centroids: normals(1, rows * s.d),
@@ -108,8 +116,10 @@ fn index_bytes(s: &Shape) -> Vec<u8> {
         radii: normals(4, rows).into_iter().map(|x| 0.1 * x.to_f32().abs()).collect(),
         offsets: heads.iter().flat_map(|h| h.0.iter().copied()).collect(),
         members: heads.into_iter().flat_map(|h| h.1).collect(),
-        coarse_centroids: Vec::new(),
-        coarse_offsets: Vec::new(),
+        coarse_centroids: normals(5, s.n_head_kv * n_coarse * s.d),
+        coarse_offsets: (0..s.n_head_kv as u64)
+            .flat_map(|h| cut(&mut SmallRng::seed_from_u64(1000 + h), n_cluster, n_coarse))
+            .collect(),
     };
     let meta = IndexMeta {
         model: ModelId { architecture: "bench".into(), name: "bench".into(), fingerprint: [7; 32] },
@@ -221,6 +231,11 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
     let selected = 2 * row_bytes * n_head_kv * (s.budget * n_prefix as f32) as usize;
     let n_set = ROTATE.div_ceil(selected).clamp(1, 8);
     let block = Buffer::of(device, "a bench", &normals(9, 8 << 20)).expect("memory");
+    let array = |b: &Buffer, ne, nb| Array { data: b.address() as *mut u8, ne, nb };
+    let kv = |b: &Buffer| {
+        let nb = [2, row_bytes * n_head_kv, row_bytes, row_bytes * n_head_kv * n_kv];
+        array(b, [d, n_kv, n_head_kv, 1], nb)
+    };
     let sets: Vec<Set> = (0..n_set)
         .map(|i| {
             let index = Arc::new(Index::from_bytes(index.to_vec()).expect("what was just written"));
@@ -228,27 +243,36 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
             let cells: Vec<u32> = (0..n_prefix as u32).collect();
             let mut r = SmallRng::seed_from_u64(100 + i as u64);
             let q: Vec<f32> = (0..n_row * n_head * d).map(|_| normal(&mut r)).collect();
-            Set {
+            let mut set = Set {
                 q: Buffer::of(device, "a bench", &q).expect("memory"),
                 k: random_memory(device, &block, n_kv * n_head_kv * row_bytes),
                 v: random_memory(device, &block, n_kv * n_head_kv * row_bytes),
                 dst: Buffer::new(device, "a bench", 4 * n_row * n_head * d).expect("memory"),
                 bound: Bound::new(resident, &cells, n_kv, 0).expect("a binding"),
+            };
+            if s.watched {
+                // SAFETY: all arrays live until the end of this function.
+                unsafe { set.bound.watch(0, &kv(&set.k), &kv(&set.v), bench.stream) }.expect("a binding");
             }
+            set
         })
         .collect();
     let rows = |n: i32| Buffer::of(device, "a bench", &vec![n; n_row]).expect("memory");
     let (sparse_rows, dense_rows) = (rows(0), rows(-1));
-    let array = |b: &Buffer, ne, nb| Array { data: b.address() as *mut u8, ne, nb };
-    let selection = Selection { mode: Mode::Budget(s.budget), spread: s.spread, alpha: 2.0, estimate: s.estimate };
+    let selection = Selection {
+        mode: Mode::Budget(s.budget),
+        spread: s.spread,
+        alpha: 2.0,
+        estimate: s.estimate,
+        coarse_share: s.coarse_share,
+    };
     let calls = |rows: &Buffer| -> (Vec<Attention>, Workspace) {
         let bounds: Vec<[&Bound; 1]> = sets.iter().map(|set| [&set.bound]).collect();
         let call = |(set, bounds): (&'_ Set, _)| {
-            let kv = [2, row_bytes * n_head_kv, row_bytes, row_bytes * n_head_kv * n_kv];
             let problem = Problem {
                 q: array(&set.q, [d, n_row, n_head, 1], [4, 4 * d * n_head, 4 * d, 4 * d * n_head * n_row]),
-                k: array(&set.k, [d, n_kv, n_head_kv, 1], kv),
-                v: array(&set.v, [d, n_kv, n_head_kv, 1], kv),
+                k: kv(&set.k),
+                v: kv(&set.v),
                 k_type: Element::F16,
                 v_type: Element::F16,
                 mask: None,
@@ -293,7 +317,14 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
         .sum();
     let n_cluster = (n_prefix - SINKS - WINDOW) / 20;
     let always = (SINKS + WINDOW + 64) * n_row * n_head_kv;
-    let lookup_bytes = n_head_kv * n_cluster * (row_bytes + 8 + if s.spread == Spread::Diag { d } else { 0 });
+    let opened: usize = match s.coarse_share < 1.0 {
+        true => (0..n_head_kv)
+            .flat_map(|h| (0..n_row).map(move |row| (row, h)))
+            .map(|(row, h)| sparse[0].opened(&workspace, row, h).expect("the device").expect("a coarse level").len())
+            .sum(),
+        false => n_head_kv * n_cluster,
+    };
+    let lookup_bytes = opened * (row_bytes + 8 + if s.spread == Spread::Diag { d } else { 0 });
     let attend_bytes = (keys as usize + always) * (2 * row_bytes + 4)
         + if s.estimate { n_head_kv * n_row * n_cluster * (row_bytes + 4 * group) } else { 0 };
     let dense_bytes = n_kv * n_head_kv * 2 * row_bytes * n_row;
@@ -302,21 +333,26 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
         "{{\"heads\":{n_head},\"kv_heads\":{n_head_kv},\"d\":{d},\"prefix\":{n_prefix},\"rows\":{n_row},\"budget\":{},\
          \"spread\":\"{:?}\",\"estimate\":{},\"sets\":{n_set},\"copy_tb_s\":{:.3},\"us\":{us:.2},\"dense_us\":{dense_us:.2},\
          \"lookup_us\":{:.2},\"select_us\":{:.2},\"attend_us\":{:.2},\"merge_us\":{:.2},\"lookup_mb\":{:.1},\
-         \"attend_mb\":{:.1},\"lookup_share\":{:.3},\"attend_share\":{:.3},\"dense_share\":{:.3},\"kept\":{:.4}}}",
+         \"attend_mb\":{:.1},\"lookup_share\":{:.3},\"attend_share\":{:.3},\"dense_share\":{:.3},\"kept\":{:.4},\
+         \"coarse_share\":{},\"coarse_lookup_us\":{:.2},\"coarse_select_us\":{:.2},\"opened\":{:.4}}}",
         s.budget,
         s.spread,
         s.estimate,
         copy / 1e6,
-        stages[0],
-        stages[1],
         stages[2],
         stages[3],
+        stages[4],
+        stages[5],
         lookup_bytes as f64 / 1e6,
         attend_bytes as f64 / 1e6,
-        share(lookup_bytes, stages[0]),
-        share(attend_bytes, stages[2]),
+        share(lookup_bytes, stages[2]),
+        share(attend_bytes, stages[4]),
         share(dense_bytes, dense_us),
         keys as f64 / (n_prefix * n_row * n_head_kv) as f64,
+        s.coarse_share,
+        stages[0],
+        stages[1],
+        opened as f64 / (n_cluster * n_row * n_head_kv) as f64,
     )
 }
 
@@ -325,7 +361,7 @@ fn main() {
     let text = words.join(" ");
     let shapes: Vec<Shape> = text.split(',').filter(|t| !t.trim().is_empty()).filter_map(parse).collect();
     if shapes.is_empty() {
-        eprintln!("usage: cuda HEADS/KV_HEADSxD@PREFIX ROWS BUDGET [radius|diag|none] [estimate][, ...]");
+        eprintln!("usage: cuda HEADS/KV_HEADSxD@PREFIX ROWS BUDGET [radius|diag|none] [estimate] [coarse=SHARE] [unwatched][, ...]");
         return;
     }
     let device = match Device::new(0) {

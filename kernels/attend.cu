@@ -80,22 +80,10 @@ struct Cells {
         if (bound == nullptr) return i < call.n_kv ? visible(i) : -1;
         return i < bound->n_always ? visible(bound->always[i]) : -1;
     }
-    // Members are known to be visible. A tile's first key is in the cluster that the directory names; each further cluster
-    // has a key at least, so that 32 entries hold 32 keys.
+    // Members are known to be visible.
     __device__ __forceinline__ int member(uint32_t tile, int lane) const {
-        const uint32_t first = directory[tile], key = tile * TILE + lane;
-        Entry own = {ALL, 0};
-        if (first + lane <= n_kept) own = entries[first + lane];
-        int at = 0;
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2) {
-            const uint32_t before = __shfl_sync(ALL, own.before, (at + step) & 31);
-            if (at + step < 32 && before <= key) at += step;
-        }
-        const uint32_t slot = __shfl_sync(ALL, own.first, at) + key - __shfl_sync(ALL, own.before, at);
-        if (key >= n_keys) return -1;
-        const uint32_t token = members[slot];
-        return bound->cells != nullptr ? bound->cells[token] : bound->first_cell + token;
+        const uint32_t slot = key_of(entries, directory, n_kept, tile);
+        return tile * TILE + lane < n_keys ? static_cast<int>(cell_of(*bound, members[slot])) : -1;
     }
 };
 
@@ -276,13 +264,16 @@ __device__ void sweep(const Call &call, State<D, NT> &state, uint32_t pair, cons
         const uint32_t first = (tile - estimate_at) * TILE;
         const uint32_t *offsets = offsets_of(layer, head_kv);
         const uint32_t *kept = call.kept + static_cast<uint64_t>(pair) * (call.n_cluster / 32);
-        auto dropped = [&](uint32_t i) { return i < layer.n_cluster && (kept[i / 32] >> i % 32 & 1) == 0; };
+        const uint32_t *ids = call.ids != nullptr ? call.ids + static_cast<uint64_t>(pair) * call.n_cluster : nullptr;
+        // Bits past the last cluster are set.
+        auto dropped = [&](uint32_t i) { return (kept[i / 32] >> i % 32 & 1) == 0; };
+        auto id = [&](uint32_t i) { return ids != nullptr ? ids[i] : i; };
         uint4 v[4][D / 64] = {};
 #pragma unroll
         for (int h = 0; h < 4; ++h) {
             const uint32_t i = first + 2 * c + h % 2 + 8 * (h / 2);
             if (!dropped(i)) continue;
-            const half *at = layer.mean_values + (static_cast<uint64_t>(head_kv) * layer.n_cluster + i) * D;
+            const half *at = layer.mean_values + (static_cast<uint64_t>(head_kv) * layer.n_cluster + id(i)) * D;
 #pragma unroll
             for (int j = 0; j < D / 64; ++j) v[h][j] = load_stream(at + 8 * (r + 8 * j));
         }
@@ -291,7 +282,8 @@ __device__ void sweep(const Call &call, State<D, NT> &state, uint32_t pair, cons
         for (int h = 0; h < 2; ++h) {
             const uint32_t i = first + r + 8 * h;
             const bool there = dropped(i);
-            const float size = there ? log2f(static_cast<float>(offsets[i + 1] - offsets[i])) : 0;
+            const uint32_t *bounds = offsets + (there ? id(i) : 0);
+            const float size = log2f(static_cast<float>(bounds[1] - bounds[0]));
 #pragma unroll
             for (int t = 0; t < NT; ++t) {
 #pragma unroll

@@ -121,6 +121,53 @@ __device__ __forceinline__ const char *values_of(const Call &call, uint32_t stre
     return call.v.data + head_kv * call.v.nb2 + stream * call.v.nb3;
 }
 
+// Key `n` of those that a list of runs holds, for the key at `n = tile * TILE + lane`: the run's first key and what lies before
+// it. The directory names the run that a tile starts in; each further run has a key at least, so that 32 of them hold 32 keys.
+__device__ __forceinline__ uint32_t key_of(const Entry *entries, const uint32_t *directory, uint32_t n_entry, uint32_t tile) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t first = directory[tile], key = tile * TILE + lane;
+    Entry own = {ALL, 0};
+    if (first + lane <= n_entry) own = entries[first + lane];
+    int at = 0;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+        const uint32_t before = __shfl_sync(ALL, own.before, (at + step) & 31);
+        if (at + step < 32 && before <= key) at += step;
+    }
+    return __shfl_sync(ALL, own.first, at) + key - __shfl_sync(ALL, own.before, at);
+}
+
+// Bits of a K and a V row as one number, in every lane of the warp that calls. Which head's rows depends on the token, so that
+// all heads are looked at in turn.
+template <int D>
+__device__ __forceinline__ uint64_t digest_of(const Call &call, const Bound &bound, uint32_t token, uint32_t cell) {
+    constexpr int LANES = D / 8;
+    const int lane = threadIdx.x % 32;
+    const uint32_t head_kv = token % call.n_head_kv;
+    uint64_t sum = 0;
+    if (lane < 2 * LANES) {
+        const char *row = lane < LANES ? keys_of(call, bound.stream, head_kv) + cell * call.k.nb1
+                                       : values_of(call, bound.stream, head_kv) + cell * call.v.nb1;
+        const ulonglong2 own = *reinterpret_cast<const ulonglong2 *>(row + 16 * (lane % LANES));
+        const uint64_t words[2] = {own.x, own.y};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            // The finaliser of MurmurHash3, over the word and its place.
+            uint64_t h = words[i] + (2 * lane + i + 1) * 0x9e3779b97f4a7c15ull;
+            h = (h ^ h >> 33) * 0xff51afd7ed558ccdull;
+            h = (h ^ h >> 33) * 0xc4ceb9fe1a85ec53ull;
+            sum += h ^ h >> 33;
+        }
+    }
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(ALL, sum, d);
+    return sum;
+}
+
+__device__ __forceinline__ uint32_t cell_of(const Bound &bound, uint32_t token) {
+    return bound.cells != nullptr ? bound.cells[token] : bound.first_cell + token;
+}
+
 // Tiles of a pair in all.
 __device__ __forceinline__ uint32_t tiles_of(const Work &work) {
     return work.always_tiles + work.member_tiles + work.estimate_tiles;

@@ -1,12 +1,13 @@
 // Lookup: scores of every cluster for every query head, and per tile of clusters the softmax's max and sum; the same of the
-// sinks, whose scores are exact. Some blocks check meanwhile that the binding still holds.
+// sinks, whose scores are exact. Some blocks check meanwhile that the binding still holds. With a coarse level this runs over
+// the coarse clusters, and a second lookup over the fine ones of those that select has opened.
 #include "common.cuh"
 
 namespace squeeze {
 namespace {
 
 // Columns whose queries are in shared memory at a time, and a row's padding there, which spreads rows over the banks.
-constexpr int PASS = 32;
+constexpr uint32_t PASS = 32;
 constexpr int THREADS = 32 * LOOKUP_WARPS;
 constexpr int PAD = 32;
 
@@ -53,19 +54,19 @@ struct Queries {
     float q[D / 32];
     bool mine;
 
-    // A column of the KV head; zeros past the last one.
-    __device__ __forceinline__ void load(const Call &call, uint32_t head_kv, uint32_t column, uint32_t n_column) {
+    // A column of the KV head; zeros from `end` on. `z`: the binding whose clusters are scored.
+    __device__ __forceinline__ void load(const Call &call, uint32_t head_kv, uint32_t column, uint32_t end, uint32_t z) {
         const int lane = threadIdx.x % 32;
         mine = false;
 #pragma unroll
         for (int j = 0; j < D / 32; ++j) q[j] = 0;
-        if (column >= n_column) return;
+        if (column >= end) return;
         const uint32_t row = column / call.group;
         const float *from = query_of(call, row, head_kv * call.group + column % call.group);
 #pragma unroll
         for (int j = 0; j < D / 32; ++j) q[j] = from[lane + 32 * j];
         // Select looks at a dense row's scores before it knows that the row is dense.
-        mine = max(call.rows[row], 0) == static_cast<int32_t>(blockIdx.y);
+        mine = max(call.rows[row], 0) == static_cast<int32_t>(z);
     }
     template <bool DIAG>
     __device__ __forceinline__ void store(const Call &call, Shared<D, DIAG> &shared, int i) const {
@@ -97,27 +98,29 @@ struct Queries {
     }
 };
 
-// Puts the queries of columns `first..` of the KV head into shared memory. `meanwhile` is done while the first are on their way.
+// Puts the queries of columns `first..end` of the KV head into shared memory, as many as fit. `meanwhile` is done while the
+// first are on their way.
 template <int D, bool DIAG, typename Meanwhile>
-__device__ __forceinline__ void stage(const Call &call, Shared<D, DIAG> &shared, uint32_t head_kv, uint32_t first, uint32_t n_column,
-                                      Meanwhile meanwhile) {
+__device__ __forceinline__ void stage(const Call &call, Shared<D, DIAG> &shared, uint32_t head_kv, uint32_t first, uint32_t end,
+                                      uint32_t z, Meanwhile meanwhile) {
     const int warp = threadIdx.x / 32;
-    const int n = min((n_column - first + COLUMNS - 1) / COLUMNS * COLUMNS, static_cast<uint32_t>(PASS));
+    const int n = min((end - first + COLUMNS - 1) / COLUMNS * COLUMNS, PASS);
     Queries<D> own, next;
-    own.load(call, head_kv, first + warp, n_column);
-    next.load(call, head_kv, first + warp + LOOKUP_WARPS, n_column);
+    own.load(call, head_kv, first + warp, end, z);
+    next.load(call, head_kv, first + warp + LOOKUP_WARPS, end, z);
     meanwhile();
     // Nobody may still read what the last pass left.
     __syncthreads();
     for (int i = warp; i < n; i += LOOKUP_WARPS) {
         own.template store<DIAG>(call, shared, i);
         own = next;
-        next.load(call, head_kv, first + i + 2 * LOOKUP_WARPS, n_column);
+        next.load(call, head_kv, first + i + 2 * LOOKUP_WARPS, end, z);
     }
     __syncthreads();
 }
 
-// Does the row still see every cell of the prefix, and are the guard's keys still there? One word per block and row.
+// Does the row still see every cell of the prefix, and are the guard's keys and a sample of all rows still there? One word per
+// block and row.
 template <int D>
 __device__ void check(const Call &call, const Bound &bound, uint32_t z, uint32_t block) {
     const uint32_t from = static_cast<uint64_t>(bound.layer.n_prefix) * block / CHECK_BLOCKS;
@@ -132,6 +135,18 @@ __device__ void check(const Call &call, const Bound &bound, uint32_t z, uint32_t
             changed |= reinterpret_cast<const uint32_t *>(row)[i % words] != was[i];
         }
     }
+    if (bound.digests != nullptr && to > from) {
+        // Each call goes on where the last one ended: a counter of its own tells every block, however the call is launched.
+        const uint32_t turn = bound.turns[block] % (to - from);
+#pragma unroll
+        for (int i = 0; i < SAMPLE / LOOKUP_WARPS; ++i) {
+            const uint32_t t = from + (turn + i * LOOKUP_WARPS + threadIdx.x / 32) % (to - from), cell = cell_of(bound, t);
+            // A cell beyond this call's view hides its row below.
+            if (cell < call.n_kv) changed |= digest_of<D>(call, bound, t, cell) != bound.digests[t];
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) bound.turns[block] = turn + SAMPLE;
+    }
     changed = __syncthreads_or(changed);
     if (changed && threadIdx.x == 0 && bound.valid != nullptr) *bound.valid = 0;
     for (uint32_t row = 0; row < call.n_row; ++row) {
@@ -139,7 +154,7 @@ __device__ void check(const Call &call, const Bound &bound, uint32_t z, uint32_t
         int hidden = changed;
         if (mask != nullptr && call.rows[row] == static_cast<int32_t>(z)) {
             for (uint32_t t = from + threadIdx.x; t < to; t += blockDim.x) {
-                const uint32_t cell = bound.cells != nullptr ? bound.cells[t] : bound.first_cell + t;
+                const uint32_t cell = cell_of(bound, t);
                 // Anything but a zero of either sign is no plain view of the cell.
                 hidden |= cell >= call.n_kv || (__half_as_ushort(mask[min(cell, call.n_kv - 1)]) & 0x7fff) != 0;
             }
@@ -156,23 +171,44 @@ struct Tile {
     // Keys that a row stands for (0: no row), and the factor of its spread.
     float count[2], width[2];
 
+    // Row i: a cluster's centroid and spread.
+    __device__ __forceinline__ void load_row(const Call &call, const Layer &layer, uint32_t head_kv, int i, uint32_t cluster) {
+        const int c = threadIdx.x % 4;
+        const uint64_t at = static_cast<uint64_t>(head_kv) * layer.n_cluster + cluster;
+        const char *row = reinterpret_cast<const char *>(layer.centroids + at * D) + 16 * c;
+#pragma unroll
+        for (int j = 0; j < D / 32; ++j) a[i][j] = load_stream(row + 64 * j);
+        if (DIAG) {
+#pragma unroll
+            for (int j = 0; j < D / 64; ++j) v[i][j] = load_stream(layer.variances + at * D + 16 * (4 * j + c));
+        }
+        width[i] = DIAG ? layer.variance_scales[at] : call.spread == SPREAD_RADIUS ? layer.radii[at] : 0;
+    }
+
     __device__ __forceinline__ void load_clusters(const Call &call, const Layer &layer, uint32_t head_kv, uint32_t tile) {
-        const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+        const int r = threadIdx.x % 32 / 4;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const uint32_t own = min(tile * TILE + r + 8 * i, layer.n_cluster - 1);
-            const uint64_t at = static_cast<uint64_t>(head_kv) * layer.n_cluster + own;
-            const char *row = reinterpret_cast<const char *>(layer.centroids + at * D) + 16 * c;
-#pragma unroll
-            for (int j = 0; j < D / 32; ++j) a[i][j] = load_stream(row + 64 * j);
-            if (DIAG) {
-#pragma unroll
-                for (int j = 0; j < D / 64; ++j) v[i][j] = load_stream(layer.variances + at * D + 16 * (4 * j + c));
-            }
+            load_row(call, layer, head_kv, i, own);
             const uint32_t *offsets = offsets_of(layer, head_kv) + own;
             count[i] = tile * TILE + r + 8 * i < layer.n_cluster ? static_cast<float>(offsets[1] - offsets[0]) : 0;
-            width[i] = DIAG ? layer.variance_scales[at] : call.spread == SPREAD_RADIUS ? layer.radii[at] : 0;
         }
+    }
+
+    // The clusters of 16 lanes from `base` on (~0: none), and their sizes.
+    __device__ __forceinline__ void load_listed(const Call &call, const Layer &layer, uint32_t head_kv, uint32_t cluster, int base) {
+        const int r = threadIdx.x % 32 / 4;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t own = __shfl_sync(ALL, cluster, base + r + 8 * i);
+            if (own != ALL) load_row(call, layer, head_kv, i, own);
+        }
+    }
+    __device__ __forceinline__ void count_listed(uint32_t size, int base) {
+        const int r = threadIdx.x % 32 / 4;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) count[i] = __shfl_sync(ALL, size, base + r + 8 * i);
     }
 
     __device__ __forceinline__ void load_sinks(const Call &call, const Bound &bound, uint32_t head_kv, uint32_t tile) {
@@ -191,14 +227,14 @@ struct Tile {
     }
 };
 
-// Scores of a tile for the columns that are in shared memory. `slot` is the tile's place among the partial sums.
+// Scores of a tile for the `columns` from `first` on that are in shared memory. `slot` is the tile's place among the partial
+// sums.
 template <int D, bool DIAG>
-__device__ __forceinline__ void score(const Call &call, const Shared<D, DIAG> &shared, const Tile<D, DIAG> &tile, uint32_t head_kv,
-                                      uint32_t first, uint32_t n_column, uint32_t number, uint32_t slot, bool sinks) {
+__device__ __forceinline__ void score(const Call &call, const Shared<D, DIAG> &shared, const Tile<D, DIAG> &tile, uint64_t first,
+                                      uint32_t columns, uint32_t number, uint32_t slot, bool sinks) {
     const int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
     const float undo = call.softcap == 0 ? 1.0f : call.softcap;
     const float bonus = call.alpha * undo;
-    const uint32_t columns = min(n_column - first, static_cast<uint32_t>(PASS));
     for (uint32_t t = 0; t < columns; t += COLUMNS) {
         uint4 b[D / 32];
 #pragma unroll
@@ -209,10 +245,9 @@ __device__ __forceinline__ void score(const Call &call, const Shared<D, DIAG> &s
             if (!sinks) dot_variances<D>(s, tile.v, shared.squares[t + r], c);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const uint32_t column = first + t + 2 * c + h;
             const float factor = shared.factor[t + 2 * c + h];
             const bool mine = shared.mine[t + 2 * c + h];
-            const uint64_t to = static_cast<uint64_t>(head_kv) * n_column + column;
+            const uint64_t to = first + t + 2 * c + h;
             float y[2], plain[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -242,6 +277,25 @@ __device__ __forceinline__ void score(const Call &call, const Shared<D, DIAG> &s
     }
 }
 
+// A binding's sinks, for all columns of a KV head.
+template <int D, bool DIAG>
+__device__ void score_sinks(const Call &call, Shared<D, DIAG> &shared, Tile<D, DIAG> &tile, uint32_t z, uint32_t head_kv) {
+    const Bound &bound = call.bound[z];
+    const uint32_t n_column = call.n_row * call.group, warp = threadIdx.x / 32, n_tile = (bound.layer.n_sink + TILE - 1) / TILE;
+    for (uint32_t first = 0; first < n_column; first += PASS) {
+        uint32_t t = warp;
+        stage(call, shared, head_kv, first, n_column, z, [&] {
+            if (t < n_tile) tile.load_sinks(call, bound, head_kv, t);
+        });
+        while (t < n_tile) {
+            const uint64_t column = static_cast<uint64_t>(head_kv) * n_column + first;
+            score(call, shared, tile, column, min(n_column - first, PASS), t, call.n_tile + t, true);
+            t += LOOKUP_WARPS;
+            if (t < n_tile) tile.load_sinks(call, bound, head_kv, t);
+        }
+    }
+}
+
 }  // namespace
 
 // Grid: (CHECK_BLOCKS + n_head_kv + lookup_blocks, n_bound).
@@ -258,19 +312,7 @@ __device__ void lookup(const Call &call) {
     }
     if (blockIdx.x < CHECK_BLOCKS + call.n_head_kv) {
         await_previous(call);
-        const uint32_t head_kv = blockIdx.x - CHECK_BLOCKS, n_tile = (layer.n_sink + TILE - 1) / TILE;
-        for (uint32_t first = 0; first < n_column; first += PASS) {
-            uint32_t t = warp;
-            stage(call, shared, head_kv, first, n_column, [&] {
-                if (t < n_tile) tile.load_sinks(call, bound, head_kv, t);
-            });
-            while (t < n_tile) {
-                score(call, shared, tile, head_kv, first, n_column, t, call.n_tile + t, true);
-                t += LOOKUP_WARPS;
-                if (t < n_tile) tile.load_sinks(call, bound, head_kv, t);
-            }
-        }
-        return;
+        return score_sinks(call, shared, tile, blockIdx.y, blockIdx.x - CHECK_BLOCKS);
     }
     // An equal run of the tiles of one KV head: queries are fetched once.
     const uint32_t n_tile = (layer.n_cluster + TILE - 1) / TILE, n_block = call.lookup_blocks / call.n_head_kv;
@@ -284,11 +326,12 @@ __device__ void lookup(const Call &call) {
         const uint32_t head_kv = from / n_tile, start = head_kv * n_tile, to = min(end, start + n_tile);
         for (uint32_t first = 0; first < n_column; first += PASS) {
             uint32_t t = from + warp;
-            stage(call, shared, head_kv, first, n_column, [&] {
+            stage(call, shared, head_kv, first, n_column, blockIdx.y, [&] {
                 if (t < to && (from != begin || first > 0)) tile.load_clusters(call, layer, head_kv, t - start);
             });
             while (t < to) {
-                score(call, shared, tile, head_kv, first, n_column, t - start, t - start, false);
+                const uint64_t column = static_cast<uint64_t>(head_kv) * n_column + first;
+                score(call, shared, tile, column, min(n_column - first, PASS), t - start, t - start, false);
                 t += LOOKUP_WARPS;
                 if (t < to) tile.load_clusters(call, layer, head_kv, t - start);
             }
@@ -297,13 +340,69 @@ __device__ void lookup(const Call &call) {
     }
 }
 
-#define LOOKUP(NAME, D, DIAG, BLOCKS)                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ Call call) { \
-        lookup<D, DIAG>(call);                                                                                   \
+// The fine clusters of the opened coarse ones; the list of them is left for select.
+// Grid: (n_bound * n_head_kv + pairs * n_part).
+template <int D, bool DIAG>
+__device__ void lookup_opened(const Call &call) {
+    __shared__ Shared<D, DIAG> shared;
+    Tile<D, DIAG> tile;
+    if (blockIdx.x < call.n_bound * call.n_head_kv) {
+        await_previous(call);
+        return score_sinks(call, shared, tile, blockIdx.x / call.n_head_kv, blockIdx.x % call.n_head_kv);
     }
-LOOKUP(lookup_64, 64, false, 8)
-LOOKUP(lookup_64_diag, 64, true, 8)
-LOOKUP(lookup_128, 128, false, 6)
-LOOKUP(lookup_128_diag, 128, true, 5)
+    const uint32_t block = blockIdx.x - call.n_bound * call.n_head_kv, pair = block / call.n_part, part = block % call.n_part;
+    const uint32_t head_kv = pair / call.n_row, row = pair % call.n_row, first = row * call.group;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Work work;
+    uint32_t t, end, cluster, member, size;
+    // Two tiles' clusters, one per lane.
+    auto listed = [&](uint32_t from) {
+        cluster = key_of(call.opened_entries + static_cast<uint64_t>(pair) * (call.opened_cluster + 1),
+                         call.opened_directory + static_cast<uint64_t>(pair) * call.opened_tiles, work.n_kept, from);
+        // Other warps list what lies past this one's end.
+        if (from * TILE + lane >= work.n_keys || from + lane / TILE >= end) cluster = ALL;
+        const uint32_t *offsets = offsets_of(call.bound[work.bound].layer, head_kv) + (cluster == ALL ? 0 : cluster);
+        member = offsets[0], size = cluster == ALL ? 0 : offsets[1] - member;
+    };
+    auto load = [&](int base) { tile.load_listed(call, call.bound[work.bound].layer, head_kv, cluster, base); };
+    // Queries are those of the call, done before the kernel before this one was: they need not be waited for.
+    stage(call, shared, head_kv, first, first + call.group, max(call.rows[row], 0), [&] {
+        await_previous(call);
+        work = call.opened[pair];
+        const uint32_t n_tile = work.bound < 0 ? 0 : (work.n_keys + TILE - 1) / TILE;
+        const uint32_t from = first_tile(part, call.n_part, n_tile), n = first_tile(part + 1, call.n_part, n_tile) - from;
+        t = from + n * warp / LOOKUP_WARPS, end = from + n * (warp + 1) / LOOKUP_WARPS;
+        if (t < end) listed(t), load(0);
+    });
+    const uint64_t column = static_cast<uint64_t>(pair) * call.group, place = static_cast<uint64_t>(pair) * call.n_cluster + lane;
+    uint32_t keys = 0;
+    for (uint32_t second = 0; t < end; ++t, second ^= 1) {
+        if (!second) {
+            keys = size;
+            // Select reads whole tiles.
+            if (t + lane / TILE < end) {
+                call.list[place + t * TILE] = {member, size};
+                if (call.ids != nullptr) call.ids[place + t * TILE] = cluster;
+            }
+        }
+        tile.count_listed(keys, second * TILE);
+        // What leads to the next rows is fetched while these are on their way.
+        if (second && t + 1 < end) listed(t + 1);
+        score(call, shared, tile, column, call.group, t, t, false);
+        if (t + 1 < end) load(second ? 0 : TILE);
+    }
+}
+
+#define LOOKUP(NAME, D, DIAG, BLOCKS)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) lookup_##NAME(const __grid_constant__ Call call) {        \
+        lookup<D, DIAG>(call);                                                                                              \
+    }                                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) lookup_opened_##NAME(const __grid_constant__ Call call) { \
+        lookup_opened<D, DIAG>(call);                                                                                       \
+    }
+LOOKUP(64, 64, false, 8)
+LOOKUP(64_diag, 64, true, 8)
+LOOKUP(128, 128, false, 6)
+LOOKUP(128_diag, 128, true, 5)
 
 }  // namespace squeeze

@@ -11,6 +11,8 @@ namespace squeeze {
 // Bindings that one call may name, and checking blocks per binding.
 constexpr int MAX_BOUND = 4;
 constexpr int CHECK_BLOCKS = 8;
+// Tokens of a binding whose digest a checking block compares per call.
+constexpr int SAMPLE = 8;
 // Keys or clusters of a tile: one side of the tensor core's product.
 constexpr int TILE = 16;
 // Columns (query heads) of a tile: its other side.
@@ -24,7 +26,6 @@ constexpr int SINK_TILES = 8;
 // (row, KV head) pairs of a call, and query heads per KV head, at most.
 constexpr int MAX_PAIRS = 2048;
 constexpr int MAX_GROUP = 16;
-
 enum Spread : uint32_t { SPREAD_NONE = 0, SPREAD_RADIUS = 1, SPREAD_DIAG = 2 };
 enum Mode : uint32_t { MODE_BUDGET = 0, MODE_THRESHOLD = 1, MODE_MASS = 2 };
 
@@ -38,6 +39,8 @@ struct Layer {
     // Rows of offset_stride numbers, on multiples of 16 bytes.
     const uint32_t *offsets;
     const uint32_t *members;
+    // Of a coarse level's clusters: offsets that count fine clusters, in rows like those of `offsets`, which count keys.
+    const uint32_t *fine;
     uint32_t offset_stride;
     uint32_t n_cluster;
     uint32_t n_clustered;
@@ -57,6 +60,10 @@ struct Bound {
     const half *guard;
     // [1] 0: the binding no longer holds; null: it does. Cleared by a failed check of the guard.
     uint32_t *valid;
+    // [n_prefix] hash of a K and a V row of each token when it was bound, and [CHECK_BLOCKS] where in its part of the prefix a
+    // checking block goes on; null: not checked.
+    uint64_t *digests;
+    uint32_t *turns;
     uint32_t first_cell;
     uint32_t n_always;
     uint32_t guard_cell;
@@ -109,6 +116,10 @@ struct Call {
     uint32_t wave_tiles, max_waves;
     // Tiles of members of a (row, KV head) at most.
     uint32_t max_tiles;
+    // Blocks of the lookup among opened clusters per pair; row lengths of `opened_entries` (less 1) and `opened_directory`.
+    uint32_t n_part, opened_cluster, opened_tiles;
+    // Partial sums of dropped coarse clusters per column: one per warp of their select.
+    uint32_t n_dropped;
     Bound bound[MAX_BOUND];
     // Workspace. A pair is head_kv * n_row + row, a column pair * group + head of the group.
     float *y;             // [columns][n_cluster] selection scores
@@ -122,10 +133,19 @@ struct Call {
     uint32_t *kept;       // [pairs][n_cluster / 32] bits; null without estimate
     uint2 *span;          // [pairs] first state of a pair, and their number
     float *state;         // [virtual blocks][group][head_dim_v + 2] values, max, sum
+    // Where there is a coarse level, its own lookup and select run first, with a Call whose layers are the coarse ones. These
+    // are what that leaves: as work, entries and directory, of coarse clusters, with fine ones in the place of keys.
+    const Work *opened;
+    const Entry *opened_entries;
+    const uint32_t *opened_directory;
+    float2 *dropped;      // [columns][n_dropped] max and sum of exp of the coarse clusters that are not opened
+    // In place of clusters 0..n_cluster a pair then has those opened, one after the other.
+    uint2 *list;          // [pairs][n_cluster] first member, number of keys
+    uint32_t *ids;        // [pairs][n_cluster] number in the index; null without estimate
 };
 
 // Sizes that the other side counts on.
-constexpr int CALL_BYTES = 904;
+constexpr int CALL_BYTES = 1064;
 constexpr int WORK_BYTES = 24;
 static_assert(sizeof(Call) == CALL_BYTES && sizeof(Work) == WORK_BYTES);
 

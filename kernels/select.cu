@@ -2,6 +2,9 @@
 //
 // A thread holds E neighbouring clusters in registers. The cut is found in two steps: a histogram of the keys, weighted by
 // what the clusters stand for, names the bin that holds it; the bin's few clusters are then ranked against each other.
+//
+// With a coarse level it runs twice: COARSE ranks coarse clusters by keys and lists the fine clusters of those that it opens,
+// as if they were keys; OPENED ranks the fine clusters that lookup found there.
 #include "common.cuh"
 
 namespace squeeze {
@@ -15,13 +18,22 @@ constexpr int BIN_SHIFT = 17;
 constexpr int FIRST_BIN = (0x3f800000 >> BIN_SHIFT) - BINS + 1;
 // Clusters of the cut's bin that are ranked directly.
 constexpr int CANDIDATES = 512;
+// Kept clusters that are listed in shared memory first.
+constexpr uint32_t ROOM = 4096;
+
+enum class Level { FLAT, COARSE, OPENED };
 
 struct Shared {
-    alignas(16) uint32_t histogram[BINS];
+    union {
+        struct {
+            alignas(16) uint32_t histogram[BINS];
+            uint32_t key[CANDIDATES], index[CANDIDATES], weight[CANDIDATES];
+        };
+        Entry list[ROOM];
+    };
     uint32_t warp[2][MAX_WARPS];
     float2 partial[2][MAX_WARPS];
     uint32_t bin, above, n_candidate, least, last;
-    uint32_t key[CANDIDATES], index[CANDIDATES], weight[CANDIDATES];
 };
 
 // Exclusive sums over the block, of two numbers at once.
@@ -96,9 +108,11 @@ __device__ __forceinline__ int warps_per_head(uint32_t group) {
     return 1 << max(31 - __clz(blockDim.x / 32 / group), 0);
 }
 
-__device__ void sum_partials(const Call &call, float2 *shared, const float2 *partial, uint32_t n_tile, uint32_t n_sink_tile) {
+// `dropped`: [group][n_dropped] further partial sums.
+__device__ void sum_partials(const Call &call, float2 *shared, const float2 *partial, uint32_t n_tile, uint32_t n_sink_tile,
+                             const float2 *dropped, uint32_t n_dropped) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_warp = blockDim.x / 32, share = warps_per_head(call.group);
-    const uint32_t n = n_tile + n_sink_tile;
+    const uint32_t n_own = n_tile + n_sink_tile, n = n_own + n_dropped;
     for (int slot = warp; slot < share * static_cast<int>(call.group); slot += n_warp) {
         const float2 *from = partial + static_cast<uint64_t>(slot / share) * (call.n_tile + SINK_TILES);
         float2 all = {-INFINITY, 0};
@@ -108,7 +122,9 @@ __device__ void sum_partials(const Call &call, float2 *shared, const float2 *par
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const uint32_t at = start + i * share * 32;
-                part[i] = at < n ? from[at < n_tile ? at : call.n_tile + at - n_tile] : float2{-INFINITY, 0};
+                part[i] = {-INFINITY, 0};
+                if (at < n_own) part[i] = from[at < n_tile ? at : call.n_tile + at - n_tile];
+                else if (at < n) part[i] = dropped[slot / share * n_dropped + at - n_own];
                 m = fmaxf(m, part[i].x);
             }
             if (m == -INFINITY) continue;
@@ -132,20 +148,22 @@ __device__ Norms norms_of(const Call &call, const float2 *shared) {
 }  // namespace
 
 // Grid: (n_row, n_head_kv); block: a power of two of at least 256 threads, with E clusters each.
-template <int E, bool MASS, int THREADS>
-__device__ void select_clusters(const Call &call) {
-    __shared__ Shared shared;
+template <int E, bool MASS, int THREADS, Level LEVEL>
+__device__ void select_clusters(const Call &call, Shared &shared) {
     const uint32_t row = blockIdx.x, head_kv = blockIdx.y, pair = head_kv * call.n_row + row, from = threadIdx.x * E;
     const int lane = threadIdx.x % 32;
     // Lookup has started, so whatever was before it is done. Without bindings there is no lookup, and no row is sparse.
     Work work = {call.n_bound > 0 ? call.rows[row] : -1, 0, 0, (call.n_kv + TILE - 1) / TILE, 0, 0};
+    const Work *opened = LEVEL == Level::OPENED ? &call.opened[pair] : nullptr;
+    if (LEVEL == Level::OPENED) work.bound = opened->bound;
     const Bound &bound = call.bound[max(work.bound, 0)];
     const Layer &layer = bound.layer;
-    const uint32_t n = layer.n_cluster, n_tile = (n + TILE - 1) / TILE, n_sink_tile = (layer.n_sink + TILE - 1) / TILE;
+    const uint32_t n = LEVEL == Level::OPENED ? opened->n_keys : layer.n_cluster;
+    const uint32_t n_tile = (n + TILE - 1) / TILE, n_sink_tile = (layer.n_sink + TILE - 1) / TILE;
     // Nor does the index change: it is read before the scores are there.
     uint32_t size[E] = {}, member = 0;
-    if (work.bound >= 0) {
-        const uint4 *at = reinterpret_cast<const uint4 *>(offsets_of(layer, head_kv) + from);
+    auto load_sizes = [&](const uint32_t *offsets) {
+        const uint4 *at = reinterpret_cast<const uint4 *>(offsets + static_cast<uint64_t>(head_kv) * layer.offset_stride + from);
         uint4 four = from < n ? at[0] : uint4{0, 0, 0, 0};
         member = four.x;
 #pragma unroll
@@ -158,13 +176,14 @@ __device__ void select_clusters(const Call &call) {
             size[e + 3] = from + e + 3 < n ? next.x - four.w : 0;
             four = next;
         }
-    }
+    };
+    if (LEVEL != Level::OPENED && work.bound >= 0) load_sizes(layer.offsets);
     for (int i = threadIdx.x; i < BINS; i += blockDim.x) shared.histogram[i] = 0;
     if (threadIdx.x == 0) shared.n_candidate = 0;
     await_previous(call);
 
     bool bad = work.bound < 0;
-    if (!bad && threadIdx.x < CHECK_BLOCKS) bad = call.check[(work.bound * CHECK_BLOCKS + threadIdx.x) * call.n_row + row] != 0;
+    if (LEVEL != Level::OPENED && !bad && threadIdx.x < CHECK_BLOCKS) bad = call.check[(work.bound * CHECK_BLOCKS + threadIdx.x) * call.n_row + row] != 0;
     const uint64_t column = static_cast<uint64_t>(pair) * call.group;
     // Rows of E floats from `from` on are aligned; what lies past a row's end is never used.
     auto load_scores = [&](const float *scores, uint32_t g, float4 (&out)[E / 4]) {
@@ -175,12 +194,22 @@ __device__ void select_clusters(const Call &call) {
     // Scores of so many heads are on their way at once.
     constexpr int HEADS = THREADS <= 512 ? 4 : E <= 8 ? 2 : 1;
     float4 y[HEADS][E / 4];
+    const uint2 *listed = call.list + static_cast<uint64_t>(pair) * call.n_cluster + from;
+    float2 *dropped = call.dropped + column * call.n_dropped;
     if (work.bound >= 0) {
 #pragma unroll
         for (int h = 0; h < HEADS; ++h) load_scores(call.y, min(h, call.group - 1), y[h]);
         const uint64_t at = column * (call.n_tile + SINK_TILES);
-        sum_partials(call, shared.partial[0], call.partial + at, n_tile, n_sink_tile);
-        if (MASS) sum_partials(call, shared.partial[1], call.plain + at, n_tile, n_sink_tile);
+        const uint32_t n_dropped = LEVEL == Level::OPENED ? call.n_dropped : 0;
+        if (LEVEL == Level::OPENED) {
+#pragma unroll
+            for (int e = 0; e < E; e += 2) {
+                const uint4 two = from + e < n ? *reinterpret_cast<const uint4 *>(listed + e) : uint4{0, 0, 0, 0};
+                size[e] = two.y, size[e + 1] = from + e + 1 < n ? two.w : 0;
+            }
+        }
+        sum_partials(call, shared.partial[0], call.partial + at, n_tile, n_sink_tile, dropped, n_dropped);
+        if (MASS) sum_partials(call, shared.partial[1], call.plain + at, n_tile, n_sink_tile, dropped, n_dropped);
     }
     if (__syncthreads_or(bad)) {
         work.bound = -1;
@@ -302,6 +331,33 @@ __device__ void select_clusters(const Call &call) {
         const bool keep = from + e < n && (key > least || (key == least && from + e <= last));
         if (keep) n_kept += 1, n_keys += size[e], bits[e / 32] |= 1u << e % 32;
     }
+    if (LEVEL == Level::COARSE) {
+        // What is not opened stays in the denominators: each warp adds up its own.
+#pragma unroll 1
+        for (uint32_t g = 0; g < call.group; ++g) {
+            load_scores(call.y, g, y[0]);
+            float scores[E], m = -INFINITY, l = 0;
+#pragma unroll
+            for (int e = 0; e < E; ++e) {
+                const float4 four = y[0][e / 4];
+                const float own = e % 4 == 0 ? four.x : e % 4 == 1 ? four.y : e % 4 == 2 ? four.z : four.w;
+                const bool closed = from + e < n && (bits[e / 32] >> e % 32 & 1) == 0;
+                scores[e] = closed ? own : -INFINITY;
+                m = fmaxf(m, scores[e]);
+            }
+#pragma unroll
+            for (int e = 0; e < E; ++e)
+                if (m > -INFINITY) l += size[e] * exp2_fast(scores[e] - m);
+            const float2 all = combine({m, l}, 32);
+            if (lane == 0) dropped[g * call.n_dropped + threadIdx.x / 32] = all;
+        }
+        // From here on fine clusters take the place of keys.
+        load_sizes(layer.fine);
+        n_keys = 0;
+#pragma unroll
+        for (int e = 0; e < E; ++e)
+            if (bits[e / 32] >> e % 32 & 1) n_keys += size[e];
+    }
     uint32_t kept_at = n_kept, key_at = n_keys, kept_total, key_total;
     __syncthreads();
     scan(shared, kept_at, key_at, kept_total, key_total);
@@ -309,12 +365,11 @@ __device__ void select_clusters(const Call &call) {
     Entry *entries = call.entries + static_cast<uint64_t>(pair) * (call.n_cluster + 1);
     uint32_t *directory = call.directory + static_cast<uint64_t>(pair) * call.max_tiles;
     // First the kept clusters alone, in shared memory if they fit, then a thread for each.
-    constexpr uint32_t ROOM = BINS * sizeof(uint32_t) / sizeof(Entry);
-    Entry *list = kept_total < ROOM ? reinterpret_cast<Entry *>(shared.histogram) : entries;
+    Entry *list = kept_total < ROOM ? shared.list : entries;
 #pragma unroll
     for (int e = 0; e < E; ++e) {
         if (bits[e / 32] >> e % 32 & 1) {
-            list[kept_at++] = {key_at, member};
+            list[kept_at++] = {key_at, LEVEL == Level::OPENED ? listed[e].x : member};
             key_at += size[e];
         }
         member += size[e];
@@ -328,7 +383,7 @@ __device__ void select_clusters(const Call &call) {
         const Entry own = i <= kept_total ? list[i] : Entry{0, 0};
         const uint32_t end = there ? list[i + 1].before : own.before;
         if (i <= kept_total && list != entries) entries[i] = own;
-        if (there) asm volatile("prefetch.global.L2 [%0];" ::"l"(members + own.first));
+        if (LEVEL != Level::COARSE && there) asm volatile("prefetch.global.L2 [%0];" ::"l"(members + own.first));
         const bool is_long = end - own.before > 8 * TILE;
         if (!is_long)
             for (uint32_t t = (own.before + TILE - 1) / TILE; t * TILE < end; ++t) directory[t] = i;
@@ -339,7 +394,11 @@ __device__ void select_clusters(const Call &call) {
             for (uint32_t t = (start + TILE - 1) / TILE + lane; t * TILE < stop; t += 32) directory[t] = base + owner;
         }
     }
-    if (call.estimate) {
+    if (LEVEL != Level::COARSE && call.estimate) {
+        // Past the last cluster nothing is missing.
+#pragma unroll
+        for (int e = 0; e < E; ++e)
+            if (from + e >= n) bits[e / 32] |= 1u << e % 32;
         // E bits per thread: whole words or whole parts of one.
         uint32_t *words = call.kept + static_cast<uint64_t>(pair) * (call.n_cluster / 32);
         if (E >= 32) {
@@ -363,17 +422,38 @@ __device__ void select_clusters(const Call &call) {
     }
 }
 
-#define SELECT(E, THREADS)                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) select_##E##_##THREADS(const __grid_constant__ Call call) {        \
-        select_clusters<E, false, THREADS>(call);                                                                                 \
-    }                                                                                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) select_##E##_##THREADS##_mass(const __grid_constant__ Call call) { \
-        select_clusters<E, true, THREADS>(call);                                                                                  \
+// How many fine clusters were opened is known on the device alone: as few as possible per thread.
+template <int E, bool MASS, int THREADS>
+__device__ void select_opened(const Call &call, Shared &shared) {
+    // Of the kernel before the one before this.
+    const uint32_t n = call.opened[blockIdx.y * call.n_row + blockIdx.x].n_keys;
+    if (E > 8 && n <= 8 * blockDim.x) return select_clusters<8, MASS, THREADS, Level::OPENED>(call, shared);
+    if (E > 16 && n <= 16 * blockDim.x) return select_clusters<16, MASS, THREADS, Level::OPENED>(call, shared);
+    select_clusters<E, MASS, THREADS, Level::OPENED>(call, shared);
+}
+
+#define KERNEL(NAME, THREADS, BODY)                                                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ Call call) { \
+        __shared__ Shared shared;                                                                      \
+        BODY(call, shared);                                                                            \
     }
+#define SELECT(E, THREADS)                                                                     \
+    KERNEL(select_##E##_##THREADS, THREADS, (select_clusters<E, false, THREADS, Level::FLAT>)) \
+    KERNEL(select_##E##_##THREADS##_mass, THREADS, (select_clusters<E, true, THREADS, Level::FLAT>))
+#define COARSE(E, THREADS) \
+    KERNEL(select_coarse_##E##_##THREADS, THREADS, (select_clusters<E, false, THREADS, Level::COARSE>))
+#define OPENED(E, THREADS)                                                             \
+    KERNEL(select_opened_##E##_##THREADS, THREADS, (select_opened<E, false, THREADS>)) \
+    KERNEL(select_opened_##E##_##THREADS##_mass, THREADS, (select_opened<E, true, THREADS>))
 SELECT(4, 512)
 SELECT(8, 1024)
 SELECT(16, 1024)
 SELECT(32, 1024)
 SELECT(64, 1024)
+COARSE(4, 512)
+COARSE(8, 1024)
+COARSE(64, 1024)
+OPENED(4, 512)
+OPENED(64, 1024)
 
 }  // namespace squeeze

@@ -68,9 +68,9 @@ def main():
     except ImportError:
         torch = None
     dense = {}
-    print("| heads | prefix | rows | budget | spread | dense us | by | sparse us | speed-up | lookup | select | attend | merge |"
+    print("| heads | prefix | rows | budget | spread | dense us | by | sparse us | speed-up | coarse lookup | select | lookup | select | attend | merge |"
           " lookup bw | attend bw |")
-    print("|---|---:|---:|---:|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("|---|---:|---:|---:|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for shape in shapes:
         run = subprocess.run([binary, shape], capture_output=True, text=True)
         if run.returncode or not run.stdout.strip():
@@ -86,8 +86,11 @@ def main():
         if out:
             print(json.dumps(r), file=out, flush=True)
         spread = r["spread"].lower() + (" + estimate" if r["estimate"] else "")
+        flat = r["coarse_share"] >= 1
+        spread += "" if flat else f" + coarse {r['coarse_share']}"
+        coarse = "- | -" if flat else f"{r['coarse_lookup_us']:.1f} | {r['coarse_select_us']:.1f}"
         print(f"| {r['heads']}/{r['kv_heads']}x{r['d']} | {r['prefix']} | {r['rows']} | {r['budget']} | {spread} | {best:.1f} | {by} |"
-              f" {r['us']:.1f} | {r['speed_up']:.2f}x | {r['lookup_us']:.1f} | {r['select_us']:.1f} | {r['attend_us']:.1f} |"
+              f" {r['us']:.1f} | {r['speed_up']:.2f}x | {coarse} | {r['lookup_us']:.1f} | {r['select_us']:.1f} | {r['attend_us']:.1f} |"
               f" {r['merge_us']:.1f} | {r['lookup_share']:.0%} | {r['attend_share']:.0%} |", flush=True)
     if torch:
         print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {r['copy_tb_s']} TB/s")

@@ -11,10 +11,10 @@ awk '
     /bytes spill stores/ { for (i = 1; i <= NF; i++) if ($i == "spill" && $(i + 1) ~ /^stores/) spill = $(i - 2) }
     /Used [0-9]+ registers/ {
         for (i = 1; i <= NF; i++) { if ($i == "Used") registers = $(i + 1); if ($i == "smem" || $i == "smem,") shared = $(i - 2) }
-        printf "%-22s %-8s %4d registers %6d bytes spilled %6d bytes shared\n", name, arch, registers, spill, shared
+        printf "%-26s %-8s %4d registers %6d bytes spilled %6d bytes shared\n", name, arch, registers, spill, shared
         kernels++
         # Those for more than 8K clusters, and by mass, hold more than a thread has registers for.
-        if (spill > 128 && name !~ /^select_(16|32|64)|_mass$/) { bad = bad " " name }
+        if (spill > 128 && name !~ /^select_(opened_|coarse_)?(16|32|64)|_mass$/) { bad = bad " " name }
         shared = 0
     }
     END {

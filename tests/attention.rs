@@ -4,7 +4,7 @@ mod attend_case;
 
 use attend_case::{decode, encode, Case, Spec, LAYER};
 use ggml_squeeze::attention::cpu::{self, Memory, Options, Path, Plan, Schedule, Unsupported};
-use ggml_squeeze::attention::{oracle, Call, Element, Mode, Rotation, Row, Selection, Spread};
+use ggml_squeeze::attention::{keys_of_share, oracle, Call, Element, Mode, Rotation, Row, Selection, Spread};
 use ggml_squeeze::hadamard;
 use proptest::prelude::*;
 
@@ -133,6 +133,9 @@ fn spec_of((seed, shape, prefix, select, (flags, softcap), (k_type, v_type, k, v
         n_window: prefix.2,
         n_other: prefix.3,
         n_cluster: prefix.4,
+        n_coarse: if seed % 3 == 0 { prefix.4 / 4 } else { 0 },
+        coarse_streams: usize::MAX,
+        lopsided: false,
         sparse: prefix.5,
         mask: flags[0],
         mask_per_head: flags[1],
@@ -142,7 +145,7 @@ fn spec_of((seed, shape, prefix, select, (flags, softcap), (k_type, v_type, k, v
         softcap,
         max_bias: 0.0,
         plain_mask: false,
-        selection: Selection { mode: select.0, spread: select.1, alpha: 2.0, estimate: select.2 },
+        selection: Selection { mode: select.0, spread: select.1, alpha: 2.0, estimate: select.2, coarse_share: 1.0 },
         k_type,
         v_type,
         rotation: Rotation { k: block(k, dk), v: block(v, dv) },
@@ -270,7 +273,8 @@ fn the_oracle_gives_the_mean_for_a_zero_query() {
 fn the_estimate_of_every_cluster_is_close_to_dense_where_clusters_are_tight() {
     // One key per cluster: a dropped cluster's estimate is its key's own term, up to the rounding of the centroid.
     let spec = Spec { n_prefix: 120, n_sink: 2, n_window: 18, n_cluster: 100, plain_mask: true, ..Spec::base() };
-    let selection = Selection { mode: Mode::Budget(0.1), spread: Spread::None, alpha: 0.0, estimate: true };
+    let selection =
+        Selection { mode: Mode::Budget(0.1), spread: Spread::None, alpha: 0.0, estimate: true, coarse_share: 1.0 };
     let case = Case::new(&Spec { selection, ..spec.clone() });
     let dense = oracle::run(&Case::new(&Spec { sparse: 0.0, ..spec }).call);
     let largest = |got: &[f64]| got.iter().zip(&dense).fold(0.0f64, |m, (g, w)| m.max((g - w).abs()));
@@ -420,4 +424,38 @@ fn calls_that_do_not_fit_are_refused_with_the_reason() {
 #[test]
 fn the_path_has_a_name() {
     assert_eq!(cpu::path(), Path::detect().name());
+}
+
+#[test]
+fn the_oracle_opens_the_best_coarse_clusters_up_to_their_share() {
+    let base = Spec { n_prefix: 2000, n_cluster: 100, n_coarse: 20, lopsided: true, ..Spec::base() };
+    for (seed, share) in [0.05f32, 0.3, 0.7, 0.99999, 1.0].into_iter().enumerate() {
+        let selection = Selection { mode: Mode::Budget(0.1), coarse_share: share, ..base.selection };
+        let mut case = Case::new(&Spec { seed: seed as u64, selection, ..base.clone() });
+        let view = case.call.bindings[0].index.layer(LAYER).unwrap();
+        let (bounds, offsets) = (view.head_coarse_offsets(1), view.head_offsets(1));
+        let keys = |j: u32| offsets[bounds[j as usize + 1] as usize] - offsets[bounds[j as usize] as usize];
+        let opened = oracle::opened(&case.call, 0, 1);
+        let kept = oracle::selection(&case.call, 0, 1);
+        let p = oracle::coarse_scores(&case.call, 0, 1);
+        match &opened {
+            None => assert_eq!(share, 1.0),
+            Some(opened) => {
+                // Without the last one they fall short of the larger of both shares.
+                let target = keys_of_share(share.max(0.1), 2000, base.n_window) - base.n_sink;
+                let all: usize = opened.iter().map(|j| keys(*j) as usize).sum();
+                let last = opened.iter().min_by(|a, b| p[**a as usize].total_cmp(&p[**b as usize])).unwrap();
+                assert!(all >= target && all - (keys(*last) as usize) < target, "{share}");
+                let closed = (0..20).filter(|j| !opened.contains(j));
+                closed.for_each(|j| assert!(p[j as usize] <= p[*last as usize]));
+                let inside =
+                    |i: u32| opened.iter().any(|j| (bounds[*j as usize]..bounds[*j as usize + 1]).contains(&i));
+                kept.iter().for_each(|i| assert!(inside(*i), "cluster {i} was not looked into"));
+            }
+        }
+        if share > 0.99 {
+            case.call.selection.coarse_share = 1.0;
+            assert_eq!(oracle::selection(&case.call, 0, 1), kept);
+        }
+    }
 }

@@ -1,18 +1,52 @@
 //! The CUDA path against the oracle on random calls. Needs `--features gpu-tests` and an NVIDIA GPU.
 
 mod attend_case;
+#[path = "cuda/coarse.rs"]
+mod coarse;
+#[path = "cuda/graph.rs"]
+mod graph;
+#[path = "cuda/watch.rs"]
+mod watch;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use attend_case::{Case, Random, Spec, LAYER};
 use cudarc::driver::{result, sys};
 use ggml_squeeze::attention::cuda::{Attention, Bound, Buffer, Call, Device, Error, Resident, Workspace};
 use ggml_squeeze::attention::{oracle, Array, Mode, Problem, Row, Selection, Spread};
+use graph::Graph;
 use half::f16;
 use proptest::prelude::*;
 
-/// The GPU; a test that gets none has said why and is skipped.
-fn gpu() -> Option<Arc<Device>> {
+/// The GPU. Waiting for it breaks a capture, in whatever thread: tests share it, but for one that captures.
+struct Gpu {
+    device: Arc<Device>,
+    _shared: Option<RwLockReadGuard<'static, ()>>,
+    _alone: Option<RwLockWriteGuard<'static, ()>>,
+}
+
+impl std::ops::Deref for Gpu {
+    type Target = Arc<Device>;
+    fn deref(&self) -> &Arc<Device> {
+        &self.device
+    }
+}
+
+static USERS: RwLock<()> = RwLock::new(());
+
+/// A test that gets none has said why and is skipped.
+fn gpu() -> Option<Gpu> {
+    let shared = USERS.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+    device().map(|device| Gpu { device, _shared: Some(shared), _alone: None })
+}
+
+/// The same for a test that captures.
+fn gpu_alone() -> Option<Gpu> {
+    let alone = USERS.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+    device().map(|device| Gpu { device, _shared: None, _alone: Some(alone) })
+}
+
+fn device() -> Option<Arc<Device>> {
     static GPU: OnceLock<Option<Arc<Device>>> = OnceLock::new();
     GPU.get_or_init(|| {
         if !cfg!(feature = "gpu-tests") {
@@ -118,19 +152,40 @@ fn clusters(case: &Case, row: usize, head_kv: usize, first: &[u32]) -> Vec<u32> 
     first.iter().map(|f| offsets.binary_search(f).expect("the start of a cluster") as u32).collect()
 }
 
-/// The kept clusters are the oracle's, up to what F16 queries cannot tell apart.
-fn same_selection(case: &Case, row: usize, head_kv: usize, got: &[u32]) {
-    let want = oracle::selection(&case.call, row, head_kv);
-    let p = oracle::scores(&case.call, row, head_kv).p;
-    let differ: Vec<u32> = (0..p.len() as u32).filter(|i| got.contains(i) != want.contains(i)).collect();
+/// Clusters, chosen best first by `p`, are the oracle's, up to what F16 queries cannot tell apart.
+fn same_choice(what: &str, got: &[u32], want: &[u32], p: &[f64]) {
+    let differ = (0..p.len() as u32).filter(|i| got.contains(i) != want.contains(i));
     let last = want.iter().chain(got).map(|i| p[*i as usize]).fold(f64::INFINITY, f64::min);
     for i in differ {
         let p = p[i as usize];
-        assert!(
-            (p - last).abs() <= 0.02 * p.max(last) + 1e-9,
-            "row {row}: cluster {i} with p {p}, the cut is at {last}"
-        );
+        assert!((p - last).abs() <= 0.02 * p.max(last) + 1e-9, "{what}: cluster {i} with p {p}, the cut is at {last}");
     }
+}
+
+/// Opened coarse clusters of a row and KV head (none: no coarse step), the fine ones in them, and kept fine ones.
+fn chosen(
+    case: &Case,
+    attention: &Attention,
+    workspace: &Workspace,
+    row: usize,
+    head_kv: usize,
+) -> (oracle::Chosen, Vec<u32>) {
+    let Row::Sparse(b) = case.call.rows[row] else { panic!("row {row} is dense") };
+    let view = case.call.bindings[b as usize].index.layer(LAYER).unwrap();
+    let (first, n) = attention.kept(workspace, row, head_kv).unwrap().expect("a sparse row");
+    let kept = clusters(case, row, head_kv, &first);
+    let offsets = view.head_offsets(head_kv);
+    assert_eq!(kept.iter().map(|i| offsets[*i as usize + 1] - offsets[*i as usize]).sum::<u32>(), n);
+    let fine = attention.opened(workspace, row, head_kv).unwrap();
+    let fine = fine.unwrap_or_else(|| (0..view.shape.n_cluster).collect());
+    let opened = oracle::opened(&case.call, row, head_kv).map(|_| {
+        let bounds = view.head_coarse_offsets(head_kv);
+        let opened: Vec<u32> = (0..view.shape.n_coarse).filter(|j| fine.contains(&bounds[*j as usize])).collect();
+        let whole = opened.iter().flat_map(|j| bounds[*j as usize]..bounds[*j as usize + 1]);
+        assert_eq!(whole.collect::<Vec<u32>>(), fine);
+        opened
+    });
+    ((opened, kept), fine)
 }
 
 fn check(device: &Arc<Device>, spec: &Spec) {
@@ -140,33 +195,31 @@ fn check(device: &Arc<Device>, spec: &Spec) {
         gpu.launch(attention);
         let got = gpu.output();
         let p = &case.call.problem;
-        let kept = |row: usize, head_kv: usize| {
-            let (first, n) = attention.kept(workspace, row, head_kv).unwrap().expect("a sparse row");
-            let kept = clusters(&case, row, head_kv, &first);
-            let Row::Sparse(b) = case.call.rows[row] else { panic!() };
-            let offsets = case.call.bindings[b as usize].index.layer(LAYER).unwrap().head_offsets(head_kv);
-            let keys: u32 = kept.iter().map(|i| offsets[*i as usize + 1] - offsets[*i as usize]).sum();
-            assert_eq!(keys, n);
-            kept
-        };
         for row in 0..p.n_row() {
             for head_kv in 0..p.k.ne[2] {
                 if case.call.rows[row] == Row::Dense {
                     assert_eq!(attention.kept(workspace, row, head_kv).unwrap(), None);
                     continue;
                 }
-                let want = oracle::scores(&case.call, row, head_kv).y;
-                let scores = attention.scores(workspace, row, head_kv, want[0].len()).unwrap();
-                for (got, want) in scores.iter().zip(want) {
-                    let largest = want.iter().fold(1.0f64, |m, y| m.max(y.abs()));
-                    for (g, w) in got.iter().zip(want) {
+                let ((opened, kept), fine) = chosen(&case, attention, workspace, row, head_kv);
+                if let Some(opened) = &opened {
+                    let want = oracle::opened(&case.call, row, head_kv).unwrap();
+                    same_choice("coarse", opened, &want, &oracle::coarse_scores(&case.call, row, head_kv));
+                }
+                let want = oracle::scores_among(&case.call, row, head_kv, opened.as_deref());
+                let scores = attention.scores(workspace, row, head_kv, fine.len()).unwrap();
+                for (got, want) in scores.iter().zip(&want.y) {
+                    let largest = fine.iter().fold(1.0f64, |m, i| m.max(want[*i as usize].abs()));
+                    for (g, i) in got.iter().zip(&fine) {
+                        let w = want[*i as usize];
                         assert!((*g as f64 - w).abs() <= 4e-3 * largest, "score {g}, the oracle has {w}: {spec:?}");
                     }
                 }
-                same_selection(&case, row, head_kv, &kept(row, head_kv));
+                let selection = oracle::selection_among(&case.call, row, head_kv, opened.as_deref());
+                same_choice(&format!("row {row}"), &kept, &selection, &want.p);
             }
         }
-        let want = oracle::run_with(&case.call, &kept);
+        let want = oracle::run_among(&case.call, &|row, head_kv| chosen(&case, attention, workspace, row, head_kv).0);
         let e = error(&got, &want);
         assert!(e <= 2e-3, "relative error {e}: {spec:?}");
         gpu.launch(attention);
@@ -212,7 +265,7 @@ prop_compose! {
         Spec {
             seed, dk: 64 + 64 * wide as usize, dv: 64 + 64 * wide as usize, group, n_head_kv, n_query, n_stream,
             n_prefix, n_sink, n_window, n_other, n_cluster, sparse, mask, softcap, sinks, head_major, contiguous,
-            selection: Selection { mode, spread, alpha: 2.0, estimate },
+            selection: Selection { mode, spread, alpha: 2.0, estimate, coarse_share: 1.0 },
             ..Spec::base()
         }
     }
@@ -367,46 +420,33 @@ fn two_copies_of_a_prefix_are_told_apart() {
 
 #[test]
 fn a_captured_call_is_right_on_replay_with_other_data() {
-    let Some(device) = gpu() else { return };
+    let Some(device) = gpu_alone() else { return };
     let spec = Spec { n_query: 3, n_prefix: 2000, n_cluster: 100, group: 4, sparse: 0.7, ..Spec::base() };
     let case = Case::new(&spec);
     let gpu = OnGpu::new(&device, &case);
     gpu.with(|attention, _| {
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: our own stream; everything captured lives until the end of this function.
-        unsafe {
-            result::stream::begin_capture(gpu.stream, mode).unwrap();
-            attention.launch(gpu.stream).unwrap();
-            let graph = result::stream::end_capture(gpu.stream).unwrap();
-            let mut exec = std::mem::MaybeUninit::uninit();
-            sys::cuGraphInstantiateWithFlags(exec.as_mut_ptr(), graph, 0).result().unwrap();
-            let exec = exec.assume_init();
-            for seed in 10..13 {
-                let mut r = Random(seed);
-                let q: Vec<f32> = case.q.iter().map(|_| 1.5 * r.normal()).collect();
-                gpu.q.write(0, &q).unwrap();
-                let rows: Vec<Row> = (0..3).map(|_| if r.below(3) > 0 { Row::Sparse(0) } else { Row::Dense }).collect();
-                // A row with an arbitrary mask may not become sparse.
-                let rows: Vec<Row> = rows
-                    .iter()
-                    .zip(case.call.rows.iter())
-                    .map(|(r, was)| if *was == Row::Dense { *was } else { *r })
-                    .collect();
-                gpu.rows.write(0, &numbers(&rows)).unwrap();
-                gpu.dst.write(0, &vec![f32::NAN; gpu.dst.bytes() / 4]).unwrap();
-                sys::cuGraphLaunch(exec, gpu.stream).result().unwrap();
-                let replayed = gpu.output();
-                gpu.launch(attention);
-                assert_eq!(bits(&replayed), bits(&gpu.output()));
-                let mut call = case.call.clone();
-                call.problem.q.data = q.as_ptr() as *mut u8;
-                call.rows = rows.into();
-                let e = error(&replayed, &oracle::run(&call));
-                // The oracle's own selection may differ at the cut.
-                assert!(e <= 2e-2, "relative error {e}");
-            }
-            sys::cuGraphExecDestroy(exec).result().unwrap();
-            sys::cuGraphDestroy(graph).result().unwrap();
+        let graph = Graph::new(&gpu, attention);
+        for seed in 10..13 {
+            let mut r = Random(seed);
+            let q: Vec<f32> = case.q.iter().map(|_| 1.5 * r.normal()).collect();
+            gpu.q.write(0, &q).unwrap();
+            let rows: Vec<Row> = (0..3).map(|_| if r.below(3) > 0 { Row::Sparse(0) } else { Row::Dense }).collect();
+            // A row with an arbitrary mask may not become sparse.
+            let rows: Vec<Row> = rows
+                .iter()
+                .zip(case.call.rows.iter())
+                .map(|(r, was)| if *was == Row::Dense { *was } else { *r })
+                .collect();
+            gpu.rows.write(0, &numbers(&rows)).unwrap();
+            let replayed = graph.replay(&gpu);
+            gpu.launch(attention);
+            assert_eq!(bits(&replayed), bits(&gpu.output()));
+            let mut call = case.call.clone();
+            call.problem.q.data = q.as_ptr() as *mut u8;
+            call.rows = rows.into();
+            let e = error(&replayed, &oracle::run(&call));
+            // The oracle's own selection may differ at the cut.
+            assert!(e <= 2e-2, "relative error {e}");
         }
     });
 }
@@ -451,7 +491,8 @@ fn of_equal_clusters_the_first_are_kept() {
     let Some(device) = gpu() else { return };
     for (n_prefix, n_cluster) in [(3000, 900), (3000, 2900), (30000, 9000), (70000, 40000)] {
         for spread in [Spread::None, Spread::Radius] {
-            let selection = Selection { mode: Mode::Budget(0.3), spread, alpha: 2.0, estimate: false };
+            let selection =
+                Selection { mode: Mode::Budget(0.3), spread, alpha: 2.0, estimate: false, coarse_share: 1.0 };
             let spec = Spec {
                 n_prefix,
                 n_cluster,

@@ -137,8 +137,23 @@ pub struct Selection {
     pub spread: Spread,
     /// `a`, the weight of the spread bonus (2).
     pub alpha: f32,
-    /// Add `n_i exp(s q.c_i)` with the mean value for every dropped cluster.
+    /// Add `n_i exp(s q.c_i)` with the mean value for every dropped cluster (of those looked into, with a coarse level).
     pub estimate: bool,
+    /// Coarse level: fine clusters are scored only in the best coarse clusters that hold this share of the `P - W` prefix keys
+    /// (sinks counted), or the share of the budget or floor if that is more. At 1, or in a layer without a coarse level, in
+    /// all of them. The CPU path always scores all.
+    pub coarse_share: f32,
+}
+
+impl Selection {
+    /// Share of the `P - W` prefix keys whose coarse clusters are looked into; 1 or more: there is no coarse step.
+    pub fn opened_share(&self) -> f32 {
+        match self.mode {
+            Mode::Budget(share) => self.coarse_share.max(share),
+            Mode::Threshold { floor, .. } => self.coarse_share.max(floor),
+            Mode::Mass(_) => self.coarse_share,
+        }
+    }
 }
 
 /// An index bound to cells of one cache stream.

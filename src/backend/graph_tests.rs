@@ -76,7 +76,7 @@ impl Graph {
 
 fn snapshot(p: Prefix) -> Snapshot {
     let mode = Mode::Budget(0.2);
-    let selection = Selection { mode, spread: Spread::None, alpha: 2.0, estimate: false };
+    let selection = Selection { mode, spread: Spread::None, alpha: 2.0, estimate: false, coarse_share: 1.0 };
     let mut snapshot =
         Snapshot { indexes: vec![Loaded { matcher: p.matcher.into(), selection }], ..Snapshot::default() };
     snapshot.config.min_prefix = 1;

@@ -55,7 +55,7 @@ fn selection(config: &Config, meta: &IndexMeta) -> Selection {
             Mode::Threshold { threshold: threshold(meta, b), floor: THRESHOLD_FLOOR.min(b / 2.0) }
         }
     };
-    Selection { mode, spread: config.spread, alpha: SPREAD_ALPHA, estimate: config.estimate }
+    Selection { mode, spread: config.spread, alpha: SPREAD_ALPHA, estimate: config.estimate, coarse_share: 1.0 }
 }
 
 fn replace(config: Config, matchers: Vec<Arc<Matcher>>, new_indexes: bool) {

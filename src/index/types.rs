@@ -246,6 +246,12 @@ impl<'a> LayerView<'a> {
         let n = self.shape.n_cluster as usize + 1;
         &self.offsets[head_kv * n..(head_kv + 1) * n]
     }
+    /// Fine clusters' bounds of one KV head's coarse clusters, `Cc + 1` numbers. There must be a coarse level.
+    #[inline]
+    pub fn head_coarse_offsets(&self, head_kv: usize) -> &'a [u32] {
+        let n = self.shape.n_coarse as usize + 1;
+        &self.coarse_offsets[head_kv * n..(head_kv + 1) * n]
+    }
     /// N, clustered keys per KV head.
     #[inline]
     pub fn n_clustered(&self) -> usize {

@@ -53,6 +53,11 @@ pub struct Spec {
     /// Cells beside the prefix; a third of them is hidden and holds NaN, if there is a mask.
     pub n_other: usize,
     pub n_cluster: usize,
+    /// Coarse clusters (at most as many as fine ones) of the first `coarse_streams` streams' indexes; 0: no coarse level.
+    pub n_coarse: usize,
+    pub coarse_streams: usize,
+    /// The first coarse cluster holds half of the fine ones.
+    pub lopsided: bool,
     /// Share of the rows that are sparse.
     pub sparse: f32,
     pub mask: bool,
@@ -90,13 +95,22 @@ impl Spec {
             n_window: 20,
             n_other: 30,
             n_cluster: 20,
+            n_coarse: 0,
+            coarse_streams: usize::MAX,
+            lopsided: false,
             sparse: 1.0,
             mask: true,
             mask_per_head: false,
             softcap: 0.0,
             sinks: false,
             max_bias: 0.0,
-            selection: Selection { mode: Mode::Budget(0.2), spread: Spread::Diag, alpha: 2.0, estimate: false },
+            selection: Selection {
+                mode: Mode::Budget(0.2),
+                spread: Spread::Diag,
+                alpha: 2.0,
+                estimate: false,
+                coarse_share: 1.0,
+            },
             contiguous: false,
             head_major: false,
             plain_mask: false,
@@ -195,6 +209,8 @@ impl Cache {
 /// A call and the memory behind it.
 pub struct Case {
     pub call: Call,
+    /// What the bindings' indexes are made of.
+    pub parts: Vec<IndexParts>,
     pub q: Vec<f32>,
     /// As `k_type` and `v_type` say.
     pub k: Vec<u8>,
@@ -267,6 +283,35 @@ fn layer_parts(spec: &Spec, r: &mut Random, n_cluster: usize, keys: &[f16], valu
     out
 }
 
+/// Puts runs of fine clusters together, with the mean of their keys' centroids.
+fn add_coarse(spec: &Spec, r: &mut Random, layer: &mut LayerParts) {
+    let (n_cluster, d) = (layer.shape.n_cluster as usize, spec.dk);
+    let n_coarse = spec.n_coarse.min(n_cluster);
+    layer.shape.n_coarse = n_coarse as u32;
+    for h in 0..spec.n_head_kv {
+        let first = if spec.lopsided && n_coarse > 1 { (n_cluster / 2).clamp(1, n_cluster - n_coarse + 1) } else { 1 };
+        let mut cuts: Vec<u32> = r.shuffled(n_cluster - first).into_iter().map(|i| i + first as u32).collect();
+        if n_coarse > 1 {
+            cuts.retain(|i| *i != first as u32);
+            cuts.truncate(n_coarse - 2);
+            cuts.push(first as u32);
+        } else {
+            cuts.clear();
+        }
+        cuts.sort_unstable();
+        let bounds: Vec<u32> = [0].into_iter().chain(cuts).chain([n_cluster as u32]).collect();
+        let offsets = &layer.offsets[h * (n_cluster + 1)..(h + 1) * (n_cluster + 1)];
+        for run in bounds.windows(2).map(|b| b[0] as usize..b[1] as usize) {
+            let keys = (offsets[run.end] - offsets[run.start]) as f32;
+            let part = |i: usize, j: usize| {
+                layer.centroids[(h * n_cluster + i) * d + j].to_f32() * (offsets[i + 1] - offsets[i]) as f32 / keys
+            };
+            layer.coarse_centroids.extend((0..d).map(|j| f16::from_f32(run.clone().map(|i| part(i, j)).sum())));
+        }
+        layer.coarse_offsets.extend(bounds);
+    }
+}
+
 fn index_parts(spec: &Spec, r: &mut Random, n_cluster: usize, keys: &[f16], values: &[f16]) -> IndexParts {
     let meta = IndexMeta {
         model: ModelId { architecture: "llama".into(), name: "test".into(), fingerprint: [7; 32] },
@@ -318,7 +363,7 @@ impl Case {
         let rows: Vec<Row> = (0..n_stream * n_query)
             .map(|row| if r.unit() < spec.sparse { Row::Sparse((row / n_query) as u32) } else { Row::Dense })
             .collect();
-        let mut bindings = Vec::new();
+        let (mut bindings, mut all_parts) = (Vec::new(), Vec::new());
         for s in 0..n_stream {
             let mut place = r.shuffled(n_kv);
             if spec.contiguous {
@@ -347,7 +392,12 @@ impl Case {
             };
             let (keys, values) = (prefix(&mut k), prefix(&mut v));
             let n_cluster = (spec.n_cluster + s).min(n_prefix - n_sink - n_window);
-            let index = index_of(index_parts(spec, r, n_cluster, &keys, &values));
+            let mut parts = index_parts(spec, r, n_cluster, &keys, &values);
+            if spec.n_coarse > 0 && s < spec.coarse_streams {
+                add_coarse(spec, r, &mut parts.layers[0]);
+            }
+            let index = index_of(parts.clone());
+            all_parts.push(parts);
             let clustered = &cells[n_sink..n_prefix - n_window];
             let mut bound = vec![false; n_kv];
             cells[..n_sink].iter().chain(clustered).for_each(|c| bound[*c as usize] = true);
@@ -414,7 +464,7 @@ impl Case {
             rotation: spec.rotation,
             tiles: tiles.into(),
         };
-        Case { call, q, k: k.bytes, v: v.bytes, mask, sinks, dst }
+        Case { call, parts: all_parts, q, k: k.bytes, v: v.bytes, mask, sinks, dst }
     }
 
     pub fn plan(&self, planned: usize, options: Options) -> Result<Plan, Unsupported> {

@@ -86,7 +86,8 @@ impl Plan {
 
     /// Every row over all of its visible cells, with no index: the conformance path.
     pub fn forced(problem: Problem, n_threads: usize, memory: &mut Memory) -> Result<Plan, Unsupported> {
-        let selection = Selection { mode: Mode::Budget(1.0), spread: Spread::None, alpha: 0.0, estimate: false };
+        let selection =
+            Selection { mode: Mode::Budget(1.0), spread: Spread::None, alpha: 0.0, estimate: false, coarse_share: 1.0 };
         let rows = vec![Row::Dense; problem.n_row()].into();
         let (bindings, rotation, tiles) = (Vec::new().into(), Rotation::default(), Vec::new().into());
         Plan::new(Call { problem, layer: 0, rows, tiles, bindings, selection, rotation }, n_threads, memory)

@@ -2,7 +2,11 @@
 
 use std::sync::Arc;
 
-use super::{Buffer, Error, Resident};
+use cudarc::driver::sys;
+
+use super::params::{self, CHECK_BLOCKS, SAMPLE};
+use super::{Buffer, Error, Resident, HEAD_DIMS};
+use crate::attention::Array;
 
 /// Where the prefix's tokens are in the cache, on the device.
 pub struct Bound {
@@ -17,7 +21,9 @@ pub struct Bound {
     stream: u32,
     /// Layer, its cell, and what the K rows of that cell were.
     guards: Vec<(u32, u32, Buffer)>,
-    /// One word; 0 once a guard was found changed.
+    /// Layer, and per token a hash of its rows, then where each checking block goes on.
+    digests: Vec<(u32, Buffer)>,
+    /// One word; 0 once a row was found changed.
     valid: Buffer,
 }
 
@@ -52,7 +58,17 @@ impl Bound {
             false => (0, Some(Buffer::of(device, "a binding", cells)?)),
         };
         let valid = Buffer::of(device, "a binding", &[1u32])?;
-        Ok(Bound { resident, first_cell, cells, always, always_cells, stream, guards: Vec::new(), valid })
+        Ok(Bound {
+            resident,
+            first_cell,
+            cells,
+            always,
+            always_cells,
+            stream,
+            guards: Vec::new(),
+            digests: Vec::new(),
+            valid,
+        })
     }
 
     /// From now on every call of that layer checks first that K's rows in `cell` are these: `[n_head_kv][head_dim_k]` F16.
@@ -66,7 +82,50 @@ impl Bound {
         Ok(())
     }
 
-    /// Does every guard that was checked still hold? Waits for the device.
+    /// From now on every call of that layer compares 64 tokens' rows, each call other ones, with what `k` and `v` hold when the
+    /// stream comes to this: `[d, n_kv, n_head_kv, n_stream]` F16 as in a call. After ceil(P / 64) calls all have had their
+    /// turn. Of a token one KV head's K and V row are compared: a cell is written for all heads or for none. Does not wait.
+    ///
+    /// # Errors
+    /// The layer is not in the index, the arrays are not its shape, or device memory is short.
+    ///
+    /// # Safety
+    /// `stream` is one of the device's primary context; the arrays are valid until it is done, and rows lie on 16 bytes.
+    pub unsafe fn watch(&mut self, layer: u32, k: &Array, v: &Array, stream: sys::CUstream) -> Result<(), Error> {
+        let resident = self.resident.clone();
+        let (device, n_prefix) = (resident.device(), resident.index().meta().n_prefix());
+        let shape = resident.index().layer(layer).map(|view| view.shape);
+        let wanted = shape.map(|s| [s.head_dim_k, s.head_dim_v, s.n_head_kv].map(|n| n as usize));
+        let head = HEAD_DIMS.iter().position(|d| *d == k.ne[0]);
+        let (Some(head), true) = (head, wanted == Some([k.ne[0], v.ne[0], k.ne[2]]) && k.ne[1] == v.ne[1]) else {
+            let got = format!("{:?} and {:?}", k.ne, v.ne);
+            return Err(Error::Unsupported { what: "the shape of K and V", got, want: "that of an indexed layer" });
+        };
+        // A captured call may hold the address of an earlier one.
+        if self.digests.iter().all(|d| d.0 != layer) {
+            self.digests.push((layer, Buffer::new(device, "a binding", 8 * n_prefix + 4 * CHECK_BLOCKS)?));
+        }
+        let mut call = params::Call {
+            k: params::strided(k),
+            v: params::strided(v),
+            n_kv: k.ne[1] as u32,
+            n_head_kv: k.ne[2] as u32,
+            ..Default::default()
+        };
+        call.bound[0] = self.parameters(layer, k.ne[1]).expect("the layer was looked up above")[0];
+        // Layers begin at different tokens: what changes a token changes it in all of them.
+        let turn = layer.wrapping_mul(SAMPLE as u32);
+        let grid = [n_prefix.div_ceil(params::DIGEST_THREADS / 32) as u32, 1, 1];
+        // SAFETY: the buffer was made for these sizes; the rest is the caller's contract.
+        unsafe {
+            sys::cuMemsetD32Async(call.bound[0].turns, turn, CHECK_BLOCKS, stream)
+                .result()
+                .map_err(Error::driver("set memory"))?;
+            device.start(device.heads[head].digest, grid, [params::DIGEST_THREADS, 1], &call, false, stream)
+        }
+    }
+
+    /// Does every row that was checked still hold? Waits for the device.
     ///
     /// # Errors
     /// The driver refuses.
@@ -79,23 +138,28 @@ impl Bound {
         &self.resident
     }
 
-    pub(super) fn parameters(&self, layer: u32, n_kv: usize) -> Option<super::params::Bound> {
+    /// Of the fine level, and of the coarse one.
+    pub(super) fn parameters(&self, layer: u32, n_kv: usize) -> Option<[params::Bound; 2]> {
         let meta = self.resident.index().meta();
         let n_sink = meta.n_sink as usize;
         let n_tail = self.always_cells[n_sink..].partition_point(|c| (*c as usize) < n_kv);
         let guard = self.guards.iter().find(|g| g.0 == layer);
-        Some(super::params::Bound {
-            layer: *self.resident.layer(layer)?,
+        let digests = self.digests.iter().find(|d| d.0 == layer).map(|d| d.1.address());
+        let levels = self.resident.layer(layer)?;
+        Some([levels.fine, levels.coarse].map(|layer| params::Bound {
+            layer,
             cells: self.cells.as_ref().map_or(0, Buffer::address),
             always: self.always.address(),
             guard: guard.map_or(0, |g| g.2.address()),
             valid: self.valid.address(),
+            digests: digests.unwrap_or(0),
+            turns: digests.map_or(0, |at| at + 8 * meta.n_prefix() as u64),
             first_cell: self.first_cell,
             n_always: (n_sink + n_tail) as u32,
             guard_cell: guard.map_or(0, |g| g.1),
             target: 0,
             floor: 0,
             stream: self.stream,
-        })
+        }))
     }
 }

@@ -1,6 +1,6 @@
 //! The driver, opened at run time, and per GPU the primary context with the kernels loaded into it.
 
-use std::ffi::{c_int, CString};
+use std::ffi::{c_int, c_uint, c_void, CString};
 use std::sync::Arc;
 
 use cudarc::driver::{result, sys, DriverError};
@@ -22,11 +22,16 @@ impl Error {
     }
 }
 
-/// Kernels of one head size: lookup without and with the spread by dimension, attend for up to 8 and up to 16 heads of a
-/// group. `blocks`: how many of a kernel the whole GPU runs at once.
+const NONE: sys::CUfunction = std::ptr::null_mut();
+
+/// Kernels of one head size: lookup without and with the spread by dimension, over all clusters and over those of opened
+/// coarse ones, attend for up to 8 and up to 16 heads of a group. `blocks`: how many of a kernel the whole GPU runs at once.
 pub(super) struct Kernels {
+    pub digest: sys::CUfunction,
     pub lookup: [sys::CUfunction; 2],
     pub lookup_blocks: [usize; 2],
+    pub opened: [sys::CUfunction; 2],
+    pub opened_blocks: [usize; 2],
     pub attend: [sys::CUfunction; 2],
     pub attend_blocks: [usize; 2],
     pub merge: sys::CUfunction,
@@ -41,10 +46,13 @@ pub struct Device {
     name: String,
     /// For each of `params::SELECT`: by keys, and by mass.
     pub(super) select: [[sys::CUfunction; 2]; params::SELECT.len()],
+    pub(super) select_coarse: [sys::CUfunction; params::SELECT_COARSE.len()],
+    /// By keys, and by mass.
+    pub(super) select_opened: [[sys::CUfunction; 2]; params::SELECT_OPENED.len()],
     pub(super) heads: [Kernels; 2],
     /// Can a kernel start while the one before it ends? Those built for compute capability 9.0 and later do; PTX for 8.0 does
     /// not, whatever GPU it runs on.
-    pub(super) overlap: bool,
+    overlap: bool,
 }
 
 // SAFETY: handles of the driver, which any thread may use.
@@ -109,13 +117,18 @@ impl Device {
             context,
             modules: Vec::new(),
             name,
-            select: [[std::ptr::null_mut(); 2]; params::SELECT.len()],
+            select: [[NONE; 2]; params::SELECT.len()],
+            select_coarse: [NONE; params::SELECT_COARSE.len()],
+            select_opened: [[NONE; 2]; params::SELECT_OPENED.len()],
             heads: [(); 2].map(|()| Kernels {
-                lookup: [std::ptr::null_mut(); 2],
+                digest: NONE,
+                opened: [NONE; 2],
+                opened_blocks: [0; 2],
+                lookup: [NONE; 2],
                 lookup_blocks: [0; 2],
-                attend: [std::ptr::null_mut(); 2],
+                attend: [NONE; 2],
                 attend_blocks: [0; 2],
-                merge: std::ptr::null_mut(),
+                merge: NONE,
             }),
             overlap: false,
         };
@@ -130,7 +143,8 @@ impl Device {
             let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
             module.inspect(|m| self.modules.push(*m)).map_err(Error::driver("load the kernels"))
         };
-        let [lookup, select, attend, merge] = [module(LOOKUP)?, module(SELECT)?, module(ATTEND)?, module(MERGE)?];
+        let [digest, lookup] = [module(DIGEST)?, module(LOOKUP)?];
+        let [select, attend, merge] = [module(SELECT)?, module(ATTEND)?, module(MERGE)?];
         let function = |module, name: &str| {
             let name = CString::new(name).expect("names have no zero");
             // SAFETY: a module just loaded.
@@ -143,10 +157,13 @@ impl Device {
             Ok(n_sm * per_sm.map_err(Error::driver("tell a kernel's occupancy"))?.max(1) as usize)
         };
         for (kernels, d) in self.heads.iter_mut().zip(super::HEAD_DIMS) {
+            kernels.digest = function(digest, &format!("digest_{d}"))?;
             kernels.merge = function(merge, &format!("merge_{d}"))?;
             for n in 0..2 {
                 kernels.lookup[n] = function(lookup, &format!("lookup_{d}{}", ["", "_diag"][n]))?;
                 kernels.lookup_blocks[n] = blocks(kernels.lookup[n], LOOKUP_THREADS)?;
+                kernels.opened[n] = function(lookup, &format!("lookup_opened_{d}{}", ["", "_diag"][n]))?;
+                kernels.opened_blocks[n] = blocks(kernels.opened[n], LOOKUP_THREADS)?;
                 kernels.attend[n] = function(attend, &format!("attend_{d}_{}", n + 1))?;
                 kernels.attend_blocks[n] = blocks(kernels.attend[n], ATTEND_THREADS)?;
             }
@@ -158,11 +175,57 @@ impl Device {
             .result()
             .map_err(Error::driver("tell a kernel's version"))?;
         self.overlap = version >= 90;
-        for (to, (each, threads)) in self.select.iter_mut().zip(params::SELECT) {
-            let name = format!("select_{each}_{threads}");
-            *to = [function(select, &name)?, function(select, &format!("{name}_mass"))?];
+        let variant = |kind: &str, (each, threads)| {
+            let name = format!("select{kind}_{each}_{threads}");
+            Ok([function(select, &name)?, function(select, &format!("{name}_mass"))?])
+        };
+        for (to, of) in self.select.iter_mut().zip(params::SELECT) {
+            *to = variant("", of)?;
+        }
+        for (to, (each, threads)) in self.select_coarse.iter_mut().zip(params::SELECT_COARSE) {
+            *to = function(select, &format!("select_coarse_{each}_{threads}"))?;
+        }
+        for (to, of) in self.select_opened.iter_mut().zip(params::SELECT_OPENED) {
+            *to = variant("_opened", of)?;
         }
         Ok(())
+    }
+
+    /// Puts a kernel on a stream. `early`: it may start while the one before it ends, where the GPU can.
+    ///
+    /// # Safety
+    /// The kernel takes one `params::Call`; `stream` is one of the primary context; every address is valid when it runs.
+    pub(super) unsafe fn start(
+        &self,
+        function: sys::CUfunction,
+        grid: [u32; 3],
+        threads: [usize; 2],
+        parameters: &params::Call,
+        early: bool,
+        stream: sys::CUstream,
+    ) -> Result<(), Error> {
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid[0],
+            gridDimY: grid[1],
+            gridDimZ: grid[2],
+            blockDimX: threads[0] as c_uint,
+            blockDimY: threads[1] as c_uint,
+            blockDimZ: 1,
+            sharedMemBytes: 0,
+            hStream: stream,
+            attrs: &mut attribute,
+            numAttrs: (early && self.overlap) as c_uint,
+        };
+        let mut arguments = [(&raw const *parameters).cast_mut().cast::<c_void>()];
+        // SAFETY: the parameter is what the kernel takes and is copied by the call; the rest is the caller's contract.
+        unsafe { sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
+            .map_err(Error::driver("launch a kernel"))
     }
 
     /// Makes the primary context current in this thread.

@@ -54,7 +54,10 @@ impl Buffer {
             return Ok(());
         }
         // SAFETY: inside the buffer; the driver copies before it returns.
-        unsafe { result::memcpy_htod_sync(self.at + at as u64, data) }.map_err(Error::driver("copy to the device"))
+        unsafe { result::memcpy_htod_sync(self.at + at as u64, data) }.map_err(Error::driver("copy to the device"))?;
+        // The copy may have got no further than a buffer of the driver's, and other streams do not wait for it.
+        // SAFETY: the default stream always exists.
+        unsafe { result::stream::synchronize(std::ptr::null_mut()) }.map_err(Error::driver("copy to the device"))
     }
 
     /// Copies `n` elements from byte `at` to the host, after everything that the device was asked to do.

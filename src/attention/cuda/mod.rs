@@ -1,8 +1,8 @@
-//! The attention call on an NVIDIA GPU: the same call as on the CPU, as four kernels on a stream that somebody else owns.
+//! The attention call on an NVIDIA GPU: the same call as on the CPU, as a few kernels on a stream that somebody else owns.
 //! Knows nothing of ggml.
 //!
 //! `device` finds the driver and loads the kernels, `resident` holds an index in device memory, `bound` ties it to cells of a
-//! cache, `launch` plans a call and puts it on a stream. Nothing in a launch allocates, waits or depends on what the
+//! cache, `plan` lays a call out and `launch` puts it on a stream. Nothing in a launch allocates, waits or depends on what the
 //! device computes: a launch can be captured in a CUDA graph and replayed with other data at the same addresses.
 
 mod bound;
@@ -10,6 +10,7 @@ mod device;
 mod launch;
 mod memory;
 mod params;
+mod plan;
 mod resident;
 
 pub use bound::Bound;
@@ -31,6 +32,15 @@ pub fn min_prefix(n_head_kv: usize, head_dim: usize) -> usize {
         4096.. => 2048,
         1024.. => 4096,
         _ => 16384,
+    }
+}
+
+/// Prefix, in tokens, from which a coarse level (1 % of the keys, `coarse_share` 0.3) makes a call of one query row faster; below
+/// it, run flat, with a share of 1. Measured and rounded up as above.
+pub fn coarse_min_prefix(n_head_kv: usize, head_dim: usize) -> usize {
+    match n_head_kv * head_dim {
+        4096.. => 262144,
+        _ => 524288,
     }
 }
 

@@ -3,12 +3,15 @@
 /// Bindings that one call may name, and checking blocks per binding.
 pub(super) const MAX_BOUND: usize = 4;
 pub(super) const CHECK_BLOCKS: usize = 8;
+/// Tokens of a binding whose digest a checking block compares per call.
+pub(super) const SAMPLE: usize = 8;
 /// Keys or clusters of a tile.
 pub(super) const TILE: usize = 16;
 /// Query heads of a tile.
 pub(super) const COLUMNS: usize = 8;
 pub(super) const LOOKUP_THREADS: usize = 128;
 pub(super) const ATTEND_THREADS: usize = 128;
+pub(super) const DIGEST_THREADS: usize = 128;
 /// Threads of a select block at least, and groups of threads of a merge block.
 pub(super) const SELECT_THREADS_MIN: usize = 256;
 pub(super) const MERGE_GROUPS: usize = 4;
@@ -16,6 +19,9 @@ pub(super) const MERGE_GROUPS: usize = 4;
 pub(super) const SINK_TILES: usize = 8;
 /// Variants of select: clusters per thread, and threads at most.
 pub(super) const SELECT: [(usize, usize); 5] = [(4, 512), (8, 1024), (16, 1024), (32, 1024), (64, 1024)];
+/// The same over coarse clusters, and over fine ones of opened coarse ones.
+pub(super) const SELECT_COARSE: [(usize, usize); 3] = [(4, 512), (8, 1024), (64, 1024)];
+pub(super) const SELECT_OPENED: [(usize, usize); 2] = [(4, 512), (64, 1024)];
 /// (row, KV head) pairs of a call, and query heads per KV head, at most.
 pub(super) const MAX_PAIRS: usize = 2048;
 pub(super) const MAX_GROUP: usize = 16;
@@ -40,6 +46,7 @@ pub(super) struct Layer {
     pub radii: u64,
     pub offsets: u64,
     pub members: u64,
+    pub fine: u64,
     pub offset_stride: u32,
     pub n_cluster: u32,
     pub n_clustered: u32,
@@ -56,6 +63,8 @@ pub(super) struct Bound {
     pub always: u64,
     pub guard: u64,
     pub valid: u64,
+    pub digests: u64,
+    pub turns: u64,
     pub first_cell: u32,
     pub n_always: u32,
     pub guard_cell: u32,
@@ -69,6 +78,10 @@ pub(super) struct Bound {
 pub(super) struct Strided {
     pub data: u64,
     pub nb: [u64; 3],
+}
+
+pub(super) fn strided(a: &crate::attention::Array) -> Strided {
+    Strided { data: a.data as u64, nb: [a.nb[1] as u64, a.nb[2] as u64, a.nb[3] as u64] }
 }
 
 /// What select leaves about one (row, KV head).
@@ -117,6 +130,10 @@ pub(super) struct Call {
     pub wave_tiles: u32,
     pub max_waves: u32,
     pub max_tiles: u32,
+    pub n_part: u32,
+    pub opened_cluster: u32,
+    pub opened_tiles: u32,
+    pub n_dropped: u32,
     pub bound: [Bound; MAX_BOUND],
     pub y: u64,
     pub x: u64,
@@ -129,6 +146,12 @@ pub(super) struct Call {
     pub kept: u64,
     pub span: u64,
     pub state: u64,
+    pub opened: u64,
+    pub opened_entries: u64,
+    pub opened_directory: u64,
+    pub dropped: u64,
+    pub list: u64,
+    pub ids: u64,
 }
 
 /// Bytes of a kept cluster in the workspace.
@@ -150,6 +173,7 @@ mod tests {
         for (name, own) in [
             ("MAX_BOUND", MAX_BOUND),
             ("CHECK_BLOCKS", CHECK_BLOCKS),
+            ("SAMPLE", SAMPLE),
             ("int TILE", TILE),
             ("COLUMNS", COLUMNS),
             ("MERGE_GROUPS", MERGE_GROUPS),
@@ -164,6 +188,9 @@ mod tests {
             assert_eq!(of(name), own, "{name}");
         }
         let select = include_str!("../../../kernels/select.cu");
-        SELECT.iter().for_each(|(e, t)| assert!(select.contains(&format!("\nSELECT({e}, {t})\n")), "SELECT({e}, {t})"));
+        let all = [("SELECT", &SELECT[..]), ("COARSE", &SELECT_COARSE), ("OPENED", &SELECT_OPENED)];
+        for (kind, (e, t)) in all.iter().flat_map(|(kind, variants)| variants.iter().map(move |v| (kind, v))) {
+            assert!(select.contains(&format!("\n{kind}({e}, {t})\n")), "{kind}({e}, {t})");
+        }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, Mutex, Weak};
 
+use half::f16;
+
 use super::memory::Carver;
 use super::params::Layer;
 use super::{Buffer, Device, Error};
@@ -11,8 +13,14 @@ use crate::index::{Index, LayerView};
 pub struct Resident {
     index: Arc<Index>,
     device: Arc<Device>,
-    /// Layer number, the shape's parameters, and the memory behind them.
-    layers: Vec<(u32, Layer, Buffer)>,
+    layers: Vec<(u32, Levels, Buffer)>,
+}
+
+/// Parameters of a layer's fine clusters, and of its coarse ones. A layer without a coarse level has one coarse cluster that
+/// holds all fine ones, so that a call may mix layers with and without.
+pub(super) struct Levels {
+    pub fine: Layer,
+    pub coarse: Layer,
 }
 
 static RESIDENT: Mutex<Vec<Weak<Resident>>> = Mutex::new(Vec::new());
@@ -32,8 +40,8 @@ impl Resident {
         let mut layers = Vec::new();
         for shape in index.shapes() {
             let Some(view) = index.layer(shape.layer) else { continue };
-            let (layer, buffer) = upload(index, &view, device)?;
-            layers.push((shape.layer, layer, buffer));
+            let (levels, buffer) = upload(index, &view, device)?;
+            layers.push((shape.layer, levels, buffer));
         }
         let made = Arc::new(Resident { index: index.clone(), device: device.clone(), layers });
         all.push(Arc::downgrade(&made));
@@ -55,23 +63,37 @@ impl Resident {
         self.layers.iter().map(|l| l.2.bytes()).sum()
     }
 
-    pub(super) fn layer(&self, layer: u32) -> Option<&Layer> {
+    pub(super) fn layer(&self, layer: u32) -> Option<&Levels> {
         self.layers.iter().find(|l| l.0 == layer).map(|l| &l.1)
     }
 }
 
-fn upload(index: &Index, view: &LayerView<'_>, device: &Arc<Device>) -> Result<(Layer, Buffer), Error> {
+/// Rows of offsets on multiples of 16 bytes, for loads of four: all rows, and the length of one.
+fn padded<'a>(rows: impl Iterator<Item = &'a [u32]>) -> (Vec<u32>, u32) {
+    let (mut out, mut stride) = (Vec::new(), 0);
+    for row in rows {
+        out.extend_from_slice(row);
+        out.resize(out.len().next_multiple_of(4), 0);
+        stride = row.len().next_multiple_of(4) as u32;
+    }
+    (out, stride)
+}
+
+fn upload(index: &Index, view: &LayerView<'_>, device: &Arc<Device>) -> Result<(Levels, Buffer), Error> {
+    let heads = view.shape.n_head_kv as usize;
+    let (n_cluster, n_clustered) = (view.shape.n_cluster, view.n_clustered() as u32);
     // One width on the device: an index of short prefixes has 16-bit members.
     let members: Vec<u32> = (0..view.members.len()).map(|i| view.members.get(i)).collect();
-    // Rows of offsets on multiples of 16 bytes, for loads of four.
-    let n_cluster = view.shape.n_cluster as usize;
-    let offset_stride = (n_cluster + 1).next_multiple_of(4);
-    let mut offsets = Vec::with_capacity(offset_stride * view.shape.n_head_kv as usize);
-    for row in view.offsets.chunks_exact(n_cluster + 1) {
-        offsets.extend_from_slice(row);
-        offsets.resize(offsets.len().next_multiple_of(4), 0);
-    }
-    let parts: [&[u8]; 7] = [
+    let (offsets, offset_stride) = padded((0..heads).map(|h| view.head_offsets(h)));
+    let one = [0, n_cluster];
+    let bounds = |h| if view.shape.n_coarse > 0 { view.head_coarse_offsets(h) } else { &one };
+    let keys = |h| -> Vec<u32> { bounds(h).iter().map(|i| view.head_offsets(h)[*i as usize]).collect() };
+    let keys: Vec<Vec<u32>> = (0..heads).map(keys).collect();
+    let (coarse_fine, _) = padded((0..heads).map(bounds));
+    let (coarse_keys, coarse_stride) = padded(keys.iter().map(|k| &k[..]));
+    let nothing = vec![f16::ZERO; if view.shape.n_coarse > 0 { 0 } else { heads * view.shape.head_dim_k as usize }];
+    let coarse_centroids = if view.shape.n_coarse > 0 { view.coarse_centroids } else { &nothing };
+    let parts: [&[u8]; 10] = [
         bytemuck::cast_slice(view.centroids),
         bytemuck::cast_slice(view.mean_values),
         view.variances,
@@ -79,6 +101,9 @@ fn upload(index: &Index, view: &LayerView<'_>, device: &Arc<Device>) -> Result<(
         bytemuck::cast_slice(view.radii),
         bytemuck::cast_slice(&offsets),
         bytemuck::cast_slice(&members),
+        bytemuck::cast_slice(coarse_centroids),
+        bytemuck::cast_slice(&coarse_keys),
+        bytemuck::cast_slice(&coarse_fine),
     ];
     let mut carver = Carver::default();
     let places = parts.map(|part| carver.area::<u8>(part.len()));
@@ -86,10 +111,11 @@ fn upload(index: &Index, view: &LayerView<'_>, device: &Arc<Device>) -> Result<(
     for (at, part) in places.iter().zip(parts) {
         buffer.write(*at, part)?;
     }
-    let [centroids, mean_values, variances, variance_scales, radii, offsets, members] =
+    let [centroids, mean_values, variances, variance_scales, radii, offsets, members, coarse @ ..] =
         places.map(|at| buffer.address() + at as u64);
     let meta = index.meta();
-    let layer = Layer {
+    let (n_prefix, n_sink) = (meta.n_prefix() as u32, meta.n_sink);
+    let fine = Layer {
         centroids,
         mean_values,
         variances,
@@ -97,12 +123,24 @@ fn upload(index: &Index, view: &LayerView<'_>, device: &Arc<Device>) -> Result<(
         radii,
         offsets,
         members,
-        offset_stride: offset_stride as u32,
-        n_cluster: view.shape.n_cluster,
-        n_clustered: view.n_clustered() as u32,
-        n_prefix: meta.n_prefix() as u32,
-        n_sink: meta.n_sink,
+        fine: 0,
+        offset_stride,
+        n_cluster,
+        n_clustered,
+        n_prefix,
+        n_sink,
         unused: 0,
     };
-    Ok((layer, buffer))
+    let coarse = Layer {
+        centroids: coarse[0],
+        offsets: coarse[1],
+        fine: coarse[2],
+        offset_stride: coarse_stride,
+        n_cluster: view.shape.n_coarse.max(1),
+        n_clustered,
+        n_prefix,
+        n_sink,
+        ..Layer::default()
+    };
+    Ok((Levels { fine, coarse }, buffer))
 }

@@ -1,0 +1,312 @@
+//! Plans a call: what the kernels take is checked, and the workspace laid out.
+
+use super::launch::Call;
+use super::memory::Carver;
+use super::params::{self, *};
+use super::{Device, Error, HEAD_DIMS, MAX_ROWS};
+use crate::attention::{keys_of_share, Element, Mode, Selection, Spread};
+
+/// Device memory that one context's calls share at most.
+const WORKSPACE_MAX: usize = 256 << 20;
+/// Of that, the blocks' states: more blocks at once than fit here run one after the other.
+const STATE_MAX: usize = 64 << 20;
+/// Tiles that a block of attend should have per wave, where there are waves.
+const WAVE_TILES: usize = 16;
+/// Clusters per KV head that select takes.
+const MAX_CLUSTERS: usize = SELECT[SELECT.len() - 1].0 * SELECT[SELECT.len() - 1].1;
+
+/// Offsets of the workspace's parts, and the parameters without addresses.
+pub(super) struct Plan {
+    pub(super) parameters: params::Call,
+    pub(super) head: usize,
+    pub(super) diag: usize,
+    pub(super) wide: usize,
+    /// Variant of select (with a coarse level of that over opened clusters), and its threads.
+    pub(super) select: usize,
+    pub(super) select_threads: usize,
+    pub(super) y: usize,
+    pub(super) x: usize,
+    pub(super) partial: usize,
+    pub(super) plain: usize,
+    pub(super) check: usize,
+    pub(super) work: usize,
+    pub(super) entries: usize,
+    pub(super) directory: usize,
+    pub(super) kept: usize,
+    pub(super) span: usize,
+    pub(super) state: usize,
+    pub(super) coarse: Option<Coarse>,
+    pub(super) bytes: usize,
+}
+
+/// The same of the coarse level, where there is one.
+pub(super) struct Coarse {
+    pub(super) parameters: params::Call,
+    pub(super) select: usize,
+    pub(super) select_threads: usize,
+    pub(super) y: usize,
+    pub(super) partial: usize,
+    pub(super) opened: usize,
+    pub(super) entries: usize,
+    pub(super) directory: usize,
+    pub(super) dropped: usize,
+    pub(super) list: usize,
+    pub(super) ids: usize,
+}
+
+/// Variant of select for so many clusters, and its threads.
+fn select_for(variants: &[(usize, usize)], n_cluster: usize) -> (usize, usize) {
+    let fits = variants.iter().position(|(each, threads)| n_cluster <= each * threads).expect("checked before");
+    (fits, n_cluster.div_ceil(variants[fits].0).next_power_of_two().max(SELECT_THREADS_MIN))
+}
+
+pub(super) fn demand(what: &'static str, holds: bool, got: impl ToString, want: &'static str) -> Result<(), Error> {
+    holds.then_some(()).ok_or_else(|| Error::Unsupported { what, got: got.to_string(), want })
+}
+
+/// Shapes and strides that the kernels rely on.
+fn check(call: &Call<'_>) -> Result<(), Error> {
+    let p = &call.problem;
+    let [d, n_query, n_head, n_stream] = p.q.ne;
+    let [_, n_kv, n_head_kv, _] = p.k.ne;
+    demand("the type of K or V", p.k_type == Element::F16 && p.v_type == Element::F16, p.k_type.name(), "f16")?;
+    demand("the head size of keys", HEAD_DIMS.contains(&d) && p.k.ne[0] == d, d, "64 or 128")?;
+    demand("the head size of values", p.v.ne[0] == d && p.dst.ne[0] == d, p.v.ne[0], "that of the keys")?;
+    demand("ALiBi's max_bias", p.max_bias == 0.0, p.max_bias, "none")?;
+    demand("the number of query rows", (1..=MAX_ROWS).contains(&p.n_row()), p.n_row(), "1 to 16")?;
+    demand(
+        "the number of query heads",
+        n_head_kv > 0 && n_head % n_head_kv == 0,
+        n_head,
+        "a multiple of the KV heads",
+    )?;
+    demand("the GQA group", (1..=MAX_GROUP).contains(&p.n_group()), p.n_group(), "1 to 16")?;
+    demand(
+        "the number of rows times KV heads",
+        p.n_row() * n_head_kv <= MAX_PAIRS,
+        p.n_row() * n_head_kv,
+        "at most 2048",
+    )?;
+    demand(
+        "the number of KV cells",
+        n_kv > 0 && n_kv < 1 << 31 && p.v.ne[1] == n_kv,
+        n_kv,
+        "the same for K and V, below 2^31",
+    )?;
+    demand("V's number of heads", p.v.ne[2] == n_head_kv, p.v.ne[2], "that of K")?;
+    demand(
+        "the output's shape",
+        p.dst.ne == [d, n_head, n_query, n_stream],
+        format!("{:?}", p.dst.ne),
+        "that of the queries",
+    )?;
+    for (what, a) in [("K's streams", &p.k), ("V's streams", &p.v)] {
+        demand(what, a.ne[3] > 0 && n_stream % a.ne[3] == 0, a.ne[3], "a divisor of the queries'")?;
+    }
+    for (what, a, step) in [("q", &p.q, 4), ("k", &p.k, 2), ("v", &p.v, 2), ("dst", &p.dst, 4)] {
+        demand("a step in dimension 0", a.nb[0] == step, format!("{} bytes in {what}", a.nb[0]), "that of its type")?;
+    }
+    // Rows are read 16 bytes at a time.
+    for (what, a) in [("q", &p.q), ("k", &p.k), ("v", &p.v)] {
+        let aligned = (a.data as usize).is_multiple_of(16) && a.nb[1..].iter().all(|nb| nb % 16 == 0);
+        demand("the alignment of a tensor", aligned, what, "q, k and v with rows on multiples of 16 bytes")?;
+    }
+    if let Some(m) = &p.mask {
+        demand("the mask's number of heads", m.ne[2] == 1, m.ne[2], "1")?;
+        demand(
+            "the mask's size",
+            m.ne[0] >= n_kv && m.ne[1] >= n_query && m.nb[0] == 2,
+            format!("{:?}", m.ne),
+            "that of the cache",
+        )?;
+        demand("the mask's streams", m.ne[3] > 0 && n_stream % m.ne[3] == 0, m.ne[3], "a divisor of the queries'")?;
+    }
+    demand("the number of bindings", call.bounds.len() <= MAX_BOUND, call.bounds.len(), "at most 4")
+}
+
+impl Plan {
+    pub(super) fn new(device: &Device, call: &Call<'_>) -> Result<Plan, Error> {
+        check(call)?;
+        let p = &call.problem;
+        let [d, n_query, n_head, n_stream] = p.q.ne;
+        let [_, n_kv, n_head_kv, _] = p.k.ne;
+        let (group, n_row) = (p.n_group(), p.n_row());
+        let (n_pair, n_column) = (n_row * n_head_kv, n_row * n_head);
+        let Selection { mode, spread, alpha, estimate, .. } = call.selection;
+        let [mut bound, mut coarse_bound] = [[params::Bound::default(); MAX_BOUND]; 2];
+        let (mut n_cluster, mut n_member, mut n_coarse) = (0, 0, 0);
+        for ((to, coarse), from) in bound.iter_mut().zip(&mut coarse_bound).zip(call.bounds) {
+            let index = from.resident().index();
+            let parameters = from.parameters(call.layer, n_kv);
+            let (Some(parameters), Some(view)) = (parameters, index.layer(call.layer)) else {
+                return Err(Error::Unsupported {
+                    what: "the layer",
+                    got: call.layer.to_string(),
+                    want: "layers of the index",
+                });
+            };
+            let s = view.shape;
+            let same =
+                [s.n_head_kv, s.n_group, s.head_dim_k, s.head_dim_v].map(|n| n as usize) == [n_head_kv, group, d, d];
+            demand("the index's shape of this layer", same, format!("{s:?}"), "that of the call")?;
+            demand("the number of clusters", s.n_cluster as usize <= MAX_CLUSTERS, s.n_cluster, "at most 65536")?;
+            let n_sink = parameters[0].layer.n_sink as usize;
+            demand("the number of sinks", n_sink <= SINK_TILES * TILE, n_sink, "at most 128")?;
+            let meta = index.meta();
+            let keys = |share: f32| match share >= 1.0 {
+                true => EVERY,
+                false => keys_of_share(share, meta.n_prefix(), meta.n_window as usize)
+                    .saturating_sub(meta.n_sink as usize) as u32,
+            };
+            [*to, *coarse] = parameters;
+            // A level that only stands in for a missing one is opened whole.
+            coarse.target = if s.n_coarse > 0 { keys(call.selection.opened_share()) } else { EVERY };
+            n_coarse = n_coarse.max(s.n_coarse as usize);
+            match mode {
+                Mode::Budget(share) => to.target = keys(share),
+                Mode::Threshold { floor, .. } => to.floor = keys(floor),
+                Mode::Mass(_) => {}
+            }
+            n_cluster = n_cluster.max(s.n_cluster as usize);
+            n_member = n_member.max(view.n_clustered());
+        }
+        let wide = (group > COLUMNS) as usize;
+        let diag = (spread == Spread::Diag) as usize;
+        let head = HEAD_DIMS.iter().position(|dim| *dim == d).expect("checked above");
+        // At least the one cluster that stands in for a missing level.
+        let n_coarse = if call.selection.opened_share() < 1.0 && n_coarse > 0 { n_coarse } else { 0 };
+        let (select, select_threads) = match n_coarse {
+            0 => select_for(&SELECT, n_cluster),
+            // With the many threads of the second variant, as few clusters per thread as were opened.
+            _ => match select_for(&SELECT_OPENED, n_cluster) {
+                (1, _) => (1, SELECT_OPENED[1].1),
+                small => small,
+            },
+        };
+        let n_block = device.heads[head].attend_blocks[wide];
+        // Checks and sinks take blocks of their own; all run at once. Each KV head has the same number.
+        let lookup_blocks = |diag: usize, n_cluster: usize| {
+            let most = device.heads[head].lookup_blocks[diag].saturating_sub(CHECK_BLOCKS + n_head_kv) / n_head_kv;
+            n_head_kv * most.min(n_cluster.div_ceil(TILE).div_ceil(LOOKUP_THREADS / 32)).max(1)
+        };
+        let opened_blocks = device.heads[head].opened_blocks[diag].saturating_sub(call.bounds.len() * n_head_kv);
+        let n_part = (opened_blocks / n_pair).clamp(1, n_cluster.div_ceil(TILE * LOOKUP_THREADS / 32).max(1));
+        let state_bytes = group * (d + 2) * 4;
+        let most_tiles = n_pair * (n_kv.div_ceil(TILE) + n_member.div_ceil(TILE) + n_cluster.div_ceil(TILE) + 1);
+        // Each pair takes two blocks at least.
+        let least = (2 * n_pair).div_ceil(n_block);
+        let max_waves = match n_row {
+            1 => least,
+            _ => most_tiles.div_ceil(n_block * WAVE_TILES).min(STATE_MAX / state_bytes / n_block).max(least),
+        };
+
+        // Whole words of bits, and rows on 128 bytes.
+        let n_cluster = n_cluster.next_multiple_of(32);
+        let n_tile = n_cluster / TILE;
+        let max_tiles = n_member.div_ceil(TILE) + 1;
+        let by_mass = matches!(mode, Mode::Mass(_));
+        let mut c = Carver::default();
+        let scores = n_column * n_cluster;
+        let partials = 2 * n_column * (n_tile + SINK_TILES);
+        let mut plan = Plan {
+            head,
+            diag,
+            wide,
+            select,
+            select_threads,
+            y: c.area::<f32>(scores),
+            x: c.area::<f32>(if estimate || by_mass { scores } else { 0 }),
+            partial: c.area::<f32>(partials),
+            plain: c.area::<f32>(if by_mass { partials } else { 0 }),
+            check: c.area::<u32>(MAX_BOUND * CHECK_BLOCKS * n_row),
+            work: c.area::<Work>(n_pair),
+            entries: c.area::<u8>(ENTRY_BYTES * n_pair * (n_cluster + 1)),
+            directory: c.area::<u32>(n_pair * max_tiles),
+            kept: c.area::<u32>(if estimate { n_pair * n_cluster / 32 } else { 0 }),
+            span: c.area::<u64>(n_pair),
+            state: c.area::<u8>(state_bytes * n_block * max_waves),
+            coarse: None,
+            bytes: 0,
+            parameters: params::Call {
+                q: strided(&p.q),
+                k: strided(&p.k),
+                v: strided(&p.v),
+                mask: p.mask.as_ref().map(strided).unwrap_or_default(),
+                dst: strided(&p.dst),
+                sinks: p.sinks.map_or(0, |s| s as u64),
+                rows: call.rows,
+                scale: p.scale,
+                softcap: p.softcap,
+                alpha,
+                threshold: if let Mode::Threshold { threshold, .. } = mode { threshold } else { 0.0 },
+                mass: if let Mode::Mass(share) = mode { share } else { 0.0 },
+                spread: match spread {
+                    Spread::None => SPREAD_NONE,
+                    Spread::Radius => SPREAD_RADIUS,
+                    Spread::Diag => SPREAD_DIAG,
+                },
+                mode: match mode {
+                    Mode::Budget(_) => MODE_BUDGET,
+                    Mode::Threshold { .. } => MODE_THRESHOLD,
+                    Mode::Mass(_) => MODE_MASS,
+                },
+                estimate: estimate as u32,
+                n_query: n_query as u32,
+                n_row: n_row as u32,
+                n_kv: n_kv as u32,
+                n_head_kv: n_head_kv as u32,
+                group: group as u32,
+                k_share: (n_stream / p.k.ne[3]) as u32,
+                v_share: (n_stream / p.v.ne[3]) as u32,
+                mask_streams: p.mask.as_ref().map_or(0, |m| m.ne[3]) as u32,
+                n_bound: call.bounds.len() as u32,
+                n_cluster: n_cluster as u32,
+                n_tile: n_tile as u32,
+                lookup_blocks: lookup_blocks(diag, n_cluster) as u32,
+                n_part: n_part as u32,
+                n_block: n_block as u32,
+                wave_tiles: WAVE_TILES as u32,
+                max_waves: max_waves as u32,
+                max_tiles: max_tiles as u32,
+                bound,
+                ..Default::default()
+            },
+        };
+        if n_coarse > 0 {
+            let (select, select_threads) = select_for(&SELECT_COARSE, n_coarse);
+            let lookup_blocks = lookup_blocks(0, n_coarse);
+            let n_coarse = n_coarse.next_multiple_of(32);
+            let max_tiles = n_cluster / TILE + 1;
+            plan.parameters.opened_cluster = n_coarse as u32;
+            plan.parameters.opened_tiles = max_tiles as u32;
+            let n_dropped = select_threads / 32;
+            plan.parameters.n_dropped = n_dropped as u32;
+            plan.coarse = Some(Coarse {
+                select,
+                select_threads,
+                y: c.area::<f32>(n_column * n_coarse),
+                partial: c.area::<f32>(2 * n_column * (n_coarse / TILE + SINK_TILES)),
+                opened: c.area::<Work>(n_pair),
+                entries: c.area::<u8>(ENTRY_BYTES * n_pair * (n_coarse + 1)),
+                directory: c.area::<u32>(n_pair * max_tiles),
+                dropped: c.area::<f32>(2 * n_column * n_dropped),
+                list: c.area::<u64>(n_pair * n_cluster),
+                ids: c.area::<u32>(if estimate { n_pair * n_cluster } else { 0 }),
+                parameters: params::Call {
+                    spread: SPREAD_NONE,
+                    mode: MODE_BUDGET,
+                    estimate: 0,
+                    n_cluster: n_coarse as u32,
+                    n_tile: (n_coarse / TILE) as u32,
+                    lookup_blocks: lookup_blocks as u32,
+                    max_tiles: max_tiles as u32,
+                    bound: coarse_bound,
+                    ..plan.parameters
+                },
+            });
+        }
+        plan.bytes = c.bytes;
+        demand("the workspace", plan.bytes <= WORKSPACE_MAX, format!("{} bytes", plan.bytes), "at most 256 MiB")?;
+        Ok(plan)
+    }
+}
