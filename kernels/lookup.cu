@@ -403,6 +403,11 @@ __device__ void lookup_opened(const Call &call) {
 LOOKUP(64, 64, false, 8)
 LOOKUP(64_diag, 64, true, 8)
 LOOKUP(128, 128, false, 6)
+// With 5 blocks the compiler spills there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+LOOKUP(128_diag, 128, true, 4)
+#else
 LOOKUP(128_diag, 128, true, 5)
+#endif
 
 }  // namespace squeeze
