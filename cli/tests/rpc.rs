@@ -17,9 +17,11 @@ fn ask(port: u16, prompt: &Path, variables: &[(String, String)]) -> String {
     let mut command = Command::new(llama_bin().join("llama-completion"));
     command.args(args).args(["--no-display-prompt", "-t", "2", "-fit", "off", "-c", "1024"]);
     command.envs(variables.iter().map(|(name, value)| (name, value)));
-    if port > 0 {
-        command.args(["--rpc", &server, "-ngl", "99"]);
-    }
+    // A server has no repacked weights, so here there shall be none: their kernels (AMX, for one) round otherwise.
+    match port {
+        0 => command.arg("--no-repack"),
+        _ => command.args(["--rpc", &server, "-ngl", "99"]),
+    };
     let run = command.output().unwrap();
     assert!(run.status.success(), "{}", stderr(&run));
     String::from_utf8_lossy(&run.stdout).into_owned()
