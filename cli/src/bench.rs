@@ -9,7 +9,7 @@ use ggml_squeeze::backend;
 use ggml_squeeze::config::{ModeSetting, DEFAULT_BUDGET, DEFAULT_TILE};
 use serde::Serialize;
 
-use crate::build_cmd::{self, BuildArgs, ClusterArgs};
+use crate::build_cmd::{self, BuildArgs, ClusterArgs, OutputArgs};
 use crate::llama::{Model, ModelArgs, Outputs};
 use crate::metrics;
 use crate::progress::Phase;
@@ -194,10 +194,8 @@ fn prepare(args: &BenchArgs, file: &Path, folder: &Path) -> Result<(PathBuf, Opt
     build_cmd::make(&BuildArgs {
         model: ModelArgs { ctx_size: None, ..args.model.clone() },
         file: file.to_path_buf(),
-        output: output.clone(),
+        files: OutputArgs { output: output.clone(), state_file: Some(state.clone()), slot_file: None },
         chat: Chat::Raw,
-        state_file: Some(state.clone()),
-        slot_file: None,
         cluster: args.cluster.clone(),
     })?;
     Ok((output, Some(state)))

@@ -21,20 +21,47 @@ pub struct BuildArgs {
     /// The text of the prefix
     #[arg(short, long, value_name = "FILE")]
     pub file: PathBuf,
-    /// The index to write (*.sqz.gguf)
-    #[arg(short, long, value_name = "FILE")]
-    pub output: PathBuf,
+    #[command(flatten)]
+    pub files: OutputArgs,
     /// How prompts begin with the text
     #[arg(long, value_enum, default_value_t = Chat::Raw)]
     pub chat: Chat,
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
+}
+
+/// What is written.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct OutputArgs {
+    /// The index to write (*.sqz.gguf)
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
     /// Also write the prefix's state for llama-completion --prompt-cache
     #[arg(long, value_name = "FILE")]
     pub state_file: Option<PathBuf>,
     /// Also write the prefix's state for llama-server's slot restore (--slot-save-path)
     #[arg(long, value_name = "FILE")]
     pub slot_file: Option<PathBuf>,
-    #[command(flatten)]
-    pub cluster: ClusterArgs,
+}
+
+impl OutputArgs {
+    /// Finds out before the long work whether the files can be written.
+    pub(crate) fn check(&self) -> Result<()> {
+        let paths = [Some(&self.output), self.state_file.as_ref(), self.slot_file.as_ref()];
+        paths.into_iter().flatten().try_for_each(|path| check_writable(path))
+    }
+
+    /// Writes the state files that are asked for. The cells stay in memory until something is written over them, so this may come
+    /// before K and V are read.
+    pub(crate) fn save_states(&self, context: &mut Context, tokens: &[i32]) -> Result<()> {
+        if let Some(path) = &self.slot_file {
+            context.save_slot(path, tokens)?;
+        }
+        if let Some(path) = &self.state_file {
+            context.save_prompt_cache(path, tokens)?;
+        }
+        Ok(())
+    }
 }
 
 /// How the keys are clustered.
@@ -87,7 +114,7 @@ pub struct Report {
 /// The command.
 pub fn run(args: &BuildArgs) -> Result<()> {
     let report = make(args)?;
-    tell(&args.output, &report);
+    tell(&args.files.output, &report);
     Ok(())
 }
 
@@ -125,7 +152,7 @@ pub fn make(args: &BuildArgs) -> Result<Report> {
 /// The same of a text that was read before; `args.file` is named in messages only.
 pub fn make_of(args: &BuildArgs, text: &str) -> Result<Report> {
     let settings = args.cluster.settings(args.model.n_threads())?;
-    check_outputs([Some(&args.output), args.state_file.as_ref(), args.slot_file.as_ref()])?;
+    args.files.check()?;
     let model = Model::load(&args.model.model)?;
     let tokens = tokens::prefix(&model, text, args.chat, settings.n_threads)
         .with_context(|| format!("cannot make a prefix of {}", args.file.display()))?;
@@ -145,7 +172,7 @@ pub fn make_of(args: &BuildArgs, text: &str) -> Result<Report> {
     let capture = Capture::new(tokens.len(), settings.n_window as usize);
     let mut context = Context::new(&model, &args.model, tokens.len(), Some(capture))?;
     let prefill = prefill(&mut context, &tokens)?;
-    save_states(&mut context, &tokens, args.state_file.as_ref(), args.slot_file.as_ref())?;
+    args.files.save_states(&mut context, &tokens)?;
 
     let mut parts = IndexParts {
         meta: meta(&model, &args.model, args.chat, &settings, tokens)?,
@@ -163,13 +190,8 @@ pub fn make_of(args: &BuildArgs, text: &str) -> Result<Report> {
     };
     let (seconds, capture_error) = cluster(capture, &settings, &mut parts, &mut make)?;
     drop(context);
-    let bytes = index::write(&args.output, &parts)?;
+    let bytes = index::write(&args.files.output, &parts)?;
     Ok(report(parts, bytes, [prefill, seconds], capture_error))
-}
-
-/// Finds out before the long work whether the files can be written.
-pub(crate) fn check_outputs(paths: [Option<&PathBuf>; 3]) -> Result<()> {
-    paths.into_iter().flatten().try_for_each(|path| check_writable(path))
 }
 
 /// Whether the model can tell its layers apart at this length.
@@ -212,23 +234,6 @@ pub(crate) fn prefill(context: &mut Context, tokens: &[i32]) -> Result<f64> {
         }
     }
     Ok(phase.end())
-}
-
-/// Writes the state files that are asked for. The cells stay in memory until something is written over them, so this may come
-/// before K and V are read.
-pub(crate) fn save_states(
-    context: &mut Context,
-    tokens: &[i32],
-    state: Option<&PathBuf>,
-    slot: Option<&PathBuf>,
-) -> Result<()> {
-    if let Some(path) = slot {
-        context.save_slot(path, tokens)?;
-    }
-    if let Some(path) = state {
-        context.save_prompt_cache(path, tokens)?;
-    }
-    Ok(())
 }
 
 /// What became of a layer that could be captured.

@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use ggml_squeeze::build::{self, LayerCapture, Settings};
 use ggml_squeeze::index::{self, Index, IndexParts, SketchParts};
 
-use crate::build_cmd::{self, Made, Report};
+use crate::build_cmd::{self, Made, OutputArgs, Report};
 use crate::capture::Capture;
 use crate::llama::{Context, Model, ModelArgs};
 use crate::progress::Phase;
@@ -25,18 +25,11 @@ pub struct ExtendArgs {
     /// The whole longer text: the old one with more behind it
     #[arg(short, long, value_name = "FILE")]
     pub file: PathBuf,
-    /// The index to write (*.sqz.gguf)
-    #[arg(short, long, value_name = "FILE")]
-    pub output: PathBuf,
+    #[command(flatten)]
+    pub files: OutputArgs,
     /// State of the old prefix, from `sqz build --state-file` or `--slot-file`: only the new part is computed
     #[arg(long, value_name = "FILE")]
     pub old_state: Option<PathBuf>,
-    /// Also write the longer prefix's state for llama-completion --prompt-cache
-    #[arg(long, value_name = "FILE")]
-    pub state_file: Option<PathBuf>,
-    /// Also write the longer prefix's state for llama-server's slot restore (--slot-save-path)
-    #[arg(long, value_name = "FILE")]
-    pub slot_file: Option<PathBuf>,
 }
 
 /// The command.
@@ -44,7 +37,7 @@ pub fn run(args: &ExtendArgs) -> Result<()> {
     let old = Index::open(&args.old).with_context(|| format!("cannot use the index {}", args.old.display()))?;
     let report = make(args, &old)?;
     eprintln!("{} tokens, {} of them new", report.n_prefix, report.n_prefix - old.meta().n_prefix());
-    build_cmd::tell(&args.output, &report);
+    build_cmd::tell(&args.files.output, &report);
     Ok(())
 }
 
@@ -53,7 +46,7 @@ pub fn run(args: &ExtendArgs) -> Result<()> {
 /// # Errors
 /// The text does not continue that of `old`, model, settings or state are others, or a file cannot be read or written.
 pub fn make(args: &ExtendArgs, old: &Index) -> Result<Report> {
-    build_cmd::check_outputs([Some(&args.output), args.state_file.as_ref(), args.slot_file.as_ref()])?;
+    args.files.check()?;
     let text = build_cmd::read_text(&args.file)?;
     let model = Model::load(&args.model.model)?;
     let settings = Settings::of_index(old.meta(), args.model.n_threads());
@@ -76,7 +69,7 @@ pub fn make(args: &ExtendArgs, old: &Index) -> Result<Report> {
         eprintln!("no --old-state: the old part is computed again");
     }
     let prefill = build_cmd::prefill(&mut context, tokens)?;
-    build_cmd::save_states(&mut context, tokens, args.state_file.as_ref(), args.slot_file.as_ref())?;
+    args.files.save_states(&mut context, tokens)?;
 
     let mut parts = IndexParts { meta, layers: Vec::new(), sketch: SketchParts::default(), probes: Vec::new() };
     let capture = context.capture().context("the context was made with a capture")?;
@@ -99,7 +92,7 @@ pub fn make(args: &ExtendArgs, old: &Index) -> Result<Report> {
     };
     let (seconds, capture_error) = build_cmd::cluster(capture, &settings, &mut parts, &mut make)?;
     drop(context);
-    let bytes = index::write(&args.output, &parts)?;
+    let bytes = index::write(&args.files.output, &parts)?;
     Ok(build_cmd::report(parts, bytes, [prefill, seconds], capture_error))
 }
 

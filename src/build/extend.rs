@@ -164,7 +164,7 @@ impl Extension<'_> {
         let old_clusters = self.old.shape.n_cluster as usize;
         let mut label = self.old_labels();
         let old_label = label.clone();
-        let mut direction = unit(&self.old.centroids[self.h * old_clusters * dim..][..old_clusters * dim], dim);
+        let mut direction = self.directions(self.old.centroids, old_clusters);
 
         let new: Vec<u32> = (n_old as u32..self.n as u32).collect();
         let rows = self.unit_keys(&new);
@@ -213,22 +213,25 @@ impl Extension<'_> {
     }
 
     fn unit_keys(&self, which: &[u32]) -> Vec<f32> {
-        let mut rows: Vec<f32> = which.iter().flat_map(|&i| self.keys.row(i as usize)).map(|x| x.to_f32()).collect();
-        kmeans::normalise(&mut rows, self.keys.dim);
-        rows
+        let keys = self.keys;
+        super::unit(which.iter().map(|&i| keys.row(i as usize)), which.len(), keys.dim)
+    }
+
+    /// Directions of this head's `n` centroids, out of those of all heads.
+    fn directions(&self, centroids: &[f16], n: usize) -> Vec<f32> {
+        let dim = self.keys.dim;
+        super::unit(centroids[self.h * n * dim..][..n * dim].chunks_exact(dim), n, dim)
     }
 
     fn old_coarse(&self) -> &[u32] {
-        let n = self.old.shape.n_coarse as usize + 1;
-        if n == 1 {
-            return &[];
+        match self.old.shape.n_coarse {
+            0 => &[],
+            _ => self.old.head_coarse_offsets(self.h),
         }
-        &self.old.coarse_offsets[self.h * n..(self.h + 1) * n]
     }
 
     fn old_coarse_directions(&self) -> Vec<f32> {
-        let n = self.old.shape.n_coarse as usize * self.keys.dim;
-        unit(&self.old.coarse_centroids[self.h * n..(self.h + 1) * n], self.keys.dim)
+        self.directions(self.old.coarse_centroids, self.old.shape.n_coarse as usize)
     }
 
     /// The nearest old cluster of every row; through the coarse level where there is one.
@@ -354,13 +357,6 @@ impl Extension<'_> {
         let (start, _) = kmeans::group(&parent, n_coarse);
         (start.into_iter().map(|s| s as u32).collect(), origin)
     }
-}
-
-/// Rows of `dim` as unit vectors.
-fn unit(rows: &[f16], dim: usize) -> Vec<f32> {
-    let mut out: Vec<f32> = rows.iter().map(|x| x.to_f32()).collect();
-    kmeans::normalise(&mut out, dim);
-    out
 }
 
 /// The sketch of the longer prefix (`capture` is of the sketched layer): the same elements of every token

@@ -198,7 +198,7 @@ fn index_layer_here(
     };
     let head = |h: u32| -> (HeadParts, u64) {
         let (keys, values) = head_rows(capture, h, settings.n_sink as usize);
-        let unit = unit_keys(keys, n);
+        let unit = unit((0..n).map(|i| keys.row(i)), n, keys.dim);
         let made = topdown::cluster(&unit, keys.dim, &plan, head_seed(settings, capture.layer, h), &step);
         drop(unit);
         (summary::summarise(keys, values, &made.label, n_cluster, &made.coarse_offsets), made.products)
@@ -228,11 +228,11 @@ fn head_rows(capture: &LayerCapture, h: u32, first: usize) -> (Rows<'_>, Rows<'_
     (keys, Rows { data: &capture.v, stride: row_v, column: h * dv, dim: dv, first })
 }
 
-/// The first `n` of `keys`, scaled to unit length.
-fn unit_keys(keys: Rows, n: usize) -> Vec<f32> {
-    let mut unit: Vec<f32> = Vec::with_capacity(n * keys.dim);
-    (0..n).for_each(|i| unit.extend(keys.row(i).iter().map(|x| x.to_f32())));
-    kmeans::normalise(&mut unit, keys.dim);
+/// `n` rows of `dim` elements, scaled to unit length.
+fn unit<'a>(rows: impl Iterator<Item = &'a [f16]>, n: usize, dim: usize) -> Vec<f32> {
+    let mut unit: Vec<f32> = Vec::with_capacity(n * dim);
+    rows.for_each(|row| unit.extend(row.iter().map(|x| x.to_f32())));
+    kmeans::normalise(&mut unit, dim);
     unit
 }
 

@@ -11,7 +11,7 @@ use anyhow::{bail, ensure, Context as _, Result};
 use ggml_squeeze::attention::Element;
 use ggml_squeeze::config::{Config, DEFAULT_MIN_PREFIX};
 
-use crate::build_cmd::{self, BuildArgs, ClusterArgs};
+use crate::build_cmd::{self, BuildArgs, ClusterArgs, OutputArgs};
 use crate::fingerprint;
 use crate::llama::{self, Flash, Model, ModelArgs};
 use crate::session::share;
@@ -104,12 +104,12 @@ impl Maker for Builder<'_> {
     fn build(&mut self, index: &Path, state: Option<(State, &Path)>) -> Result<()> {
         self.start()?;
         eprintln!("indexing {} for {}: once", self.build.file.display(), self.build.model.model.display());
-        self.build.output = index.to_path_buf();
-        (self.build.slot_file, self.build.state_file) = match state {
+        let (slot_file, state_file) = match state {
             Some((State::Slot, path)) => (Some(path.to_path_buf()), None),
             Some((State::PromptCache, path)) => (None, Some(path.to_path_buf())),
             None => (None, None),
         };
+        self.build.files = OutputArgs { output: index.to_path_buf(), state_file, slot_file };
         let report = build_cmd::make_of(&self.build, self.text)?;
         for (layer, why) in &report.dense_layers {
             eprintln!("layer {layer} stays dense: {why}");
@@ -175,10 +175,8 @@ fn build_args(args: &RunArgs, child: &Child, chat: Chat) -> Result<BuildArgs> {
             swa_full: child.swa_full(),
         },
         file: args.file.clone(),
-        output: PathBuf::new(),
+        files: OutputArgs::default(),
         chat,
-        state_file: None,
-        slot_file: None,
         cluster: args.cluster.clone(),
     })
 }
