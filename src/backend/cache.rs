@@ -23,6 +23,8 @@ pub struct Bound {
     pub stream: usize,
     pub cells: Arc<[u32]>,
     pub contiguous: bool,
+    /// Cells that its row saw, and that were not being written, when longer indexes were last looked for.
+    pub tried: usize,
     holds: Vec<bool>,
     always: Option<(usize, Arc<[u32]>)>,
     /// K and V of the last clustered token in the deepest indexed layer, as they were when bound. That row depends on every
@@ -33,11 +35,12 @@ pub struct Bound {
 
 impl Bound {
     fn is_written(&self, writes: &Writes) -> bool {
-        let n_cell = self.holds.len();
-        writes.rows.iter().any(|&row| {
-            let row = row.max(0) as usize;
-            row / n_cell == self.stream && self.holds[row % n_cell]
-        })
+        writes.cells(self.n_cell(), self.stream).any(|cell| self.holds[cell])
+    }
+
+    /// Cells of its stream.
+    pub fn n_cell(&self) -> usize {
+        self.holds.len()
     }
 }
 
@@ -48,6 +51,14 @@ pub struct Writes {
     pub rows: Vec<i64>,
     /// Something writes where it cannot be seen: nothing is trusted in this graph.
     pub opaque: bool,
+}
+
+impl Writes {
+    /// Cells of one stream of `n_cell` that are replaced.
+    pub fn cells(&self, n_cell: usize, stream: usize) -> impl Iterator<Item = usize> + '_ {
+        let rows = self.rows.iter().map(|&row| row.max(0) as usize);
+        rows.filter(move |row| row / n_cell == stream).map(move |row| row % n_cell)
+    }
 }
 
 #[derive(Default)]
@@ -163,21 +174,24 @@ impl Caches {
         }
     }
 
-    /// Number of a new binding for a query row that sees exactly `visible` (ascending), if an index fits.
-    pub fn search(&mut self, snapshot: &Snapshot, stream: usize, visible: &[u32], writes: &Writes) -> Option<usize> {
-        for (index_number, loaded) in snapshot.indexes.iter().enumerate() {
+    /// Number of a new binding for a query row that sees exactly `visible` (ascending), if one of the first `n_index` indexes
+    /// fits.
+    pub fn search(
+        &mut self,
+        snapshot: &Snapshot,
+        n_index: usize,
+        stream: usize,
+        visible: &[u32],
+        writes: &Writes,
+    ) -> Option<usize> {
+        for (index_number, loaded) in snapshot.indexes.iter().take(n_index).enumerate() {
             let matcher = &loaded.matcher;
             let n = matcher.index.meta().n_prefix();
             if n < snapshot.config.min_prefix || visible.len() < n {
                 continue;
             }
             let Some(rows) = self.rows(matcher.index.sketch().layer, stream) else { continue };
-            let written: Vec<u32> = writes
-                .rows
-                .iter()
-                .filter(|&&r| r as usize / rows.n_cell == stream)
-                .map(|&r| (r as usize % rows.n_cell) as u32)
-                .collect();
+            let written: Vec<u32> = writes.cells(rows.n_cell, stream).map(|cell| cell as u32).collect();
             let Some(cells) = matcher.find(&rows, visible, &|cell| !written.contains(&cell)) else { continue };
             // a part of the model (an eval callback, layers split over servers) says nothing about the rest
             if matcher.index.probes().iter().any(|probe| self.rows(probe.layer, stream).is_none()) {
@@ -211,6 +225,7 @@ impl Caches {
                 stream,
                 cells: cells.into(),
                 contiguous,
+                tried: visible.len() - written.iter().filter(|c| visible.binary_search(c).is_ok()).count(),
                 holds,
                 always: None,
                 guard,

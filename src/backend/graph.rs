@@ -429,18 +429,32 @@ impl Instance {
         };
         let min_prefix = snapshot.config.min_prefix;
         let usable = |b: &super::cache::Bound| b.stream == stream && b.cells.len() >= min_prefix && sees_all(b);
-        if let Some(i) = self.caches.bound.iter().position(usable) {
-            return Some(i);
+        let number = |i: usize| self.caches.bound[i].index_number;
+        let bound = (0..self.caches.bound.len()).filter(|&i| usable(&self.caches.bound[i]));
+        // indexes are in order of length, the longest first
+        let found = bound.min_by_key(|&i| number(i));
+        let n_index = found.map_or(snapshot.indexes.len(), number);
+        if n_index == 0 || *searches >= MAX_SEARCHES || writes.opaque {
+            return found;
         }
-        if *searches >= MAX_SEARCHES || writes.opaque {
-            return None;
+        let n_seen = seen.iter().filter(|&&bits| shown(bits)).count();
+        if n_seen < shortest {
+            return found;
         }
-        if seen.iter().filter(|&&bits| shown(bits)).count() < shortest {
-            return None;
+        if let Some(i) = found {
+            // A longer index can fit once cells enough for it are there and no longer being written: then it is looked for.
+            let bound = &mut self.caches.bound[i];
+            let being_written = |&cell: &usize| seen.get(cell).is_some_and(|&bits| shown(bits));
+            let n_settled = n_seen - writes.cells(bound.n_cell(), stream).filter(being_written).count();
+            let tried = std::mem::replace(&mut bound.tried, n_settled);
+            let fits_now = |l: &Loaded| (tried + 1..=n_settled).contains(&l.matcher.index.meta().n_prefix());
+            if !snapshot.indexes[..n_index].iter().any(fits_now) {
+                return found;
+            }
         }
         let visible: Vec<u32> = (0..seen.len() as u32).filter(|&c| shown(seen[c as usize])).collect();
         *searches += 1;
-        self.caches.search(snapshot, stream, &visible, writes)
+        self.caches.search(snapshot, n_index, stream, &visible, writes).or(found)
     }
 }
 

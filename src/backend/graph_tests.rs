@@ -98,7 +98,7 @@ fn a_binding_ends_with_a_write_to_its_cells_whatever_the_type() {
             let mut graph = Graph::new(cache, types, sys::GGML_OP_SET_ROWS, other);
             let writes = graph.survey(instance, &snapshot);
             assert!(!writes.opaque && writes.rows == [other]);
-            assert_eq!(instance.caches.search(&snapshot, 0, &visible, &writes), Some(0), "{types:?}");
+            assert_eq!(instance.caches.search(&snapshot, 1, 0, &visible, &writes), Some(0), "{types:?}");
             assert_eq!(instance.caches.bound[0].cells[..], cells[..]);
         };
         // Another cell is written: it stays. One of its own, or an op that we do not know (a context shift): it ends.

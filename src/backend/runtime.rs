@@ -1,5 +1,6 @@
 //! What is in force for the whole process: settings and the indexes made ready, swapped as one.
 
+use std::cmp::Reverse;
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 use super::binding::Matcher;
@@ -19,6 +20,7 @@ pub struct Loaded {
 #[derive(Clone, Default)]
 pub struct Snapshot {
     pub config: Config,
+    /// Longest prefix first: of several that fit, the longest is used.
     pub indexes: Vec<Loaded>,
     /// Changes whenever the indexes do: bindings made under another number are dropped.
     pub generation: u64,
@@ -58,7 +60,8 @@ fn selection(config: &Config, meta: &IndexMeta) -> Selection {
     Selection { mode, spread: config.spread, alpha: SPREAD_ALPHA, estimate: config.estimate, coarse_share: 1.0 }
 }
 
-fn replace(config: Config, matchers: Vec<Arc<Matcher>>, new_indexes: bool) {
+fn replace(config: Config, mut matchers: Vec<Arc<Matcher>>, new_indexes: bool) {
+    matchers.sort_by_key(|matcher| Reverse(matcher.index.meta().n_prefix()));
     let mut slot = runtime().snapshot.write().unwrap_or_else(|e| e.into_inner());
     let indexes = matchers
         .into_iter()
