@@ -106,6 +106,8 @@ pub struct Report {
     pub n_indexed: usize,
     pub dense_layers: DenseLayers,
     pub bytes: u64,
+    /// K and V of the prefix in the indexed layers, were they F16.
+    pub cache_bytes: u64,
     pub seconds: [f64; 2],
     /// Largest relative error of the captured attention over the indexed layers.
     pub capture_error: f32,
@@ -118,22 +120,28 @@ pub fn run(args: &BuildArgs) -> Result<()> {
     Ok(())
 }
 
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / 1048576.0
+}
+
 /// Says what was made.
 pub(crate) fn tell(output: &Path, r: &Report) {
     for (layer, why) in &r.dense_layers {
         eprintln!("layer {layer} stays dense: {why}");
     }
     eprintln!(
-        "{}: {} tokens, {} layers indexed, {} dense, {:.1} MiB; capture checked to {:.1e}; prefill {:.1} s, clustering {:.1} s, peak memory {}",
+        "{}: {} tokens, {} layers indexed, {} dense, {:.1} MiB ({:.1} % of the {:.1} MiB of their K and V in F16); capture checked to {:.1e}; prefill {:.1} s, clustering {:.1} s, peak memory {}",
         output.display(),
         r.n_prefix,
         r.n_indexed,
         r.dense_layers.len(),
-        r.bytes as f64 / 1048576.0,
+        mib(r.bytes),
+        100.0 * r.bytes as f64 / r.cache_bytes as f64,
+        mib(r.cache_bytes),
         r.capture_error,
         r.seconds[0],
         r.seconds[1],
-        peak_memory().map_or("unknown".into(), |b| format!("{:.0} MiB", b as f64 / 1048576.0)),
+        peak_memory().map_or("unknown".into(), |b| format!("{:.0} MiB", mib(b))),
     );
     if r.n_prefix < DEFAULT_MIN_PREFIX {
         eprintln!(
@@ -251,6 +259,7 @@ pub(crate) fn report(parts: IndexParts, bytes: u64, seconds: [f64; 2], capture_e
     Report {
         n_prefix: parts.meta.n_prefix(),
         n_indexed: parts.layers.len(),
+        cache_bytes: parts.layers.iter().map(|l| l.shape.cache_bytes(parts.meta.n_prefix())).sum(),
         dense_layers: parts.meta.dense_layers,
         bytes,
         seconds,

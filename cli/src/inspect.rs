@@ -156,6 +156,10 @@ struct Total {
     layer_bytes: u64,
     /// Sketch, probes, metadata.
     other_bytes: u64,
+    /// K and V of the prefix in these layers, in an F16 cache.
+    cache_bytes: u64,
+    /// The whole file as a share of that.
+    cache_share: f64,
 }
 
 #[derive(Serialize)]
@@ -212,6 +216,8 @@ fn report(index: &Index) -> Report {
             clusters: layers.iter().map(|l| u64::from(l.clusters) * u64::from(l.n_head_kv)).sum(),
             layer_bytes,
             other_bytes: index.file_bytes() - layer_bytes,
+            cache_bytes: index.cache_bytes(),
+            cache_share: index.file_bytes() as f64 / index.cache_bytes() as f64,
         },
         layers,
         dense_layers: meta.dense_layers.iter().map(|(l, r)| Dense { layer: *l, reason: r.clone() }).collect(),
@@ -307,11 +313,17 @@ pub fn render(index: &Index) -> String {
 
     out += "\nlayers (cluster sizes in keys; kept: share of the keys at a budget's threshold)\n";
     out += &layer_table(&report);
-    let Total { layers, clusters, layer_bytes, other_bytes } = report.total;
+    let Total { layers, clusters, layer_bytes, other_bytes, cache_bytes, cache_share } = report.total;
     out += &format!(
         "total: {layers} layers, {clusters} clusters, {} in layers, {} in sketch, probes and metadata\n",
         size(layer_bytes),
         size(other_bytes)
+    );
+    out += &format!(
+        "size: {}, {:.1} % of K and V of the prefix in these layers ({} in F16)\n",
+        size(report.bytes),
+        100.0 * cache_share,
+        size(cache_bytes)
     );
 
     out += "\ndense layers\n";
@@ -410,6 +422,8 @@ mod tests {
             "probes      4 rows of layer 1\n",
             "| 20.0 % | 5.000e-4 | 20.0 % | 44.7 % |",
             "total: 2 layers, 20 clusters, ",
+            // 200 tokens, 2 layers, 2 heads of 4 and 3 halves
+            " % of K and V of the prefix in these layers (11.2 KB in F16)",
             "| sliding window of 512 |",
         ] {
             let squeezed = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -455,6 +469,8 @@ mod tests {
         let (layers, other) = (&json["total"]["layer_bytes"], &json["total"]["other_bytes"]);
         assert_eq!(layers.as_u64().unwrap() + other.as_u64().unwrap(), index.file_bytes());
         assert_eq!(layers.as_u64().unwrap(), index.layer_bytes(0) + index.layer_bytes(1));
+        assert_eq!(json["total"]["cache_bytes"], 200 * 2 * 2 * (4 + 3) * 2);
+        assert_eq!(json["total"]["cache_share"], index.file_bytes() as f64 / 11200.0);
     }
 
     #[test]

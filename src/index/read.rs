@@ -152,6 +152,11 @@ impl Index {
         self.bytes.as_slice().len() as u64
     }
 
+    /// Bytes of K and V of the prefix in the indexed layers, in an F16 cache.
+    pub fn cache_bytes(&self) -> u64 {
+        self.shapes().iter().map(|shape| shape.cache_bytes(self.meta().n_prefix())).sum()
+    }
+
     /// Bytes of one layer's tensors; 0 for a layer that is not indexed.
     pub fn layer_bytes(&self, layer: u32) -> u64 {
         let Some(i) = self.position(layer) else { return 0 };

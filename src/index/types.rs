@@ -114,6 +114,14 @@ pub struct LayerShape {
     pub scale: f32,
 }
 
+impl LayerShape {
+    /// Bytes of K and V of this layer for `n_prefix` tokens in an F16 cache: what an index's size is measured against.
+    pub fn cache_bytes(&self, n_prefix: usize) -> u64 {
+        let row = u64::from(self.n_head_kv) * (u64::from(self.head_dim_k) + u64::from(self.head_dim_v));
+        2 * row * n_prefix as u64
+    }
+}
+
 /// One indexed layer, owned. Row-major, KV head outermost.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerParts {
