@@ -138,6 +138,7 @@ fn index_bytes(s: &Shape) -> Vec<u8> {
         },
         calibration: vec![Calibration { budget: 0.2, threshold: 1e-3, kept: 0.2, mass: 0.9, layer_kept: vec![0.2] }],
         dense_layers: vec![],
+        synthetic: false,
     };
     let sketch = SketchParts {
         layer: 0,

@@ -46,6 +46,8 @@ pub struct Config {
     pub log: u32,
     /// Write totals to this file, as one line of JSON, while graphs are computed.
     pub status_path: Option<PathBuf>,
+    /// Take synthetic indexes too: their clusters are made up, for speed figures (`sqz bench --synthetic-index`).
+    pub synthetic: bool,
     /// Write zeros instead of attention: measures the ceiling. Never from the environment.
     pub attention_free: bool,
 }
@@ -64,6 +66,7 @@ impl Default for Config {
             disable: false,
             log: 0,
             status_path: None,
+            synthetic: false,
             attention_free: false,
         }
     }
@@ -139,6 +142,7 @@ impl Config {
         flag("DEVICES", &mut config.devices);
         flag("FORCE", &mut config.force);
         flag("DISABLE", &mut config.disable);
+        flag("SYNTHETIC", &mut config.synthetic);
         (config, problems)
     }
 }
@@ -168,6 +172,7 @@ mod tests {
             ("GGML_SQUEEZE_DEVICES", "1"),
             ("GGML_SQUEEZE_FORCE", "1"),
             ("GGML_SQUEEZE_DISABLE", "1"),
+            ("GGML_SQUEEZE_SYNTHETIC", "1"),
             ("GGML_SQUEEZE_LOG", "1"),
             ("GGML_SQUEEZE_STATUS", "status.json"),
         ]);
@@ -176,7 +181,7 @@ mod tests {
         assert_eq!(config.status_path, Some(PathBuf::from("status.json")));
         assert_eq!((config.mode, config.spread), (ModeSetting::Mass(0.9), Spread::Radius));
         assert_eq!((config.min_prefix, config.tile, config.log), (0, 16, 1));
-        assert!(config.estimate && config.devices && config.force && config.disable);
+        assert!(config.estimate && config.devices && config.force && config.disable && config.synthetic);
     }
 
     #[test]

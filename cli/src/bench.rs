@@ -14,14 +14,18 @@ use crate::llama::{Model, ModelArgs, Outputs};
 use crate::metrics;
 use crate::progress::Phase;
 use crate::session::{share, Attention, Session, SpreadArg};
+use crate::synthetic;
 use crate::tokens::Chat;
+
+/// Tokens of a synthetic prefix.
+const DEFAULT_DEPTH: usize = 4096;
 
 /// Options of `sqz bench`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct BenchArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// A text to index first (into a temporary file)
+    /// A text to index first (into a temporary file); with --synthetic-index the prefix
     #[arg(short, long, value_name = "FILE", conflicts_with_all = ["index", "state_file"])]
     file: Option<PathBuf>,
     /// The index
@@ -30,6 +34,16 @@ pub struct BenchArgs {
     /// The prefix's state in a cache of these types, from sqz build [default: the prefix is computed]
     #[arg(long, value_name = "FILE", requires = "index")]
     state_file: Option<PathBuf>,
+    /// Speed alone, on any model, without clustering: an index whose clusters are made up, of a prefix of --depth tokens by chance
+    /// or from -f. Every line of the result says so
+    #[arg(long, conflicts_with_all = ["index", "state_file"])]
+    synthetic_index: bool,
+    /// Tokens of that prefix [default: the text's, or 4096]
+    #[arg(short, long, value_name = "N", requires = "synthetic_index")]
+    depth: Option<usize>,
+    /// Where that index is written, and left [default: a temporary file]. Only with GGML_SQUEEZE_SYNTHETIC=1 the plugin takes it
+    #[arg(long, value_name = "FILE", requires = "synthetic_index")]
+    keep_index: Option<PathBuf>,
     /// Shares of the prefix keys
     #[arg(long, value_delimiter = ',', value_parser = share, default_values_t = [0.1, DEFAULT_BUDGET])]
     budgets: Vec<f32>,
@@ -81,6 +95,8 @@ impl Test {
 #[derive(Clone, Debug, Serialize)]
 struct Row {
     model: String,
+    /// The clusters were made up: speed is all that this row says.
+    synthetic_index: bool,
     test: String,
     mode: String,
     tokens_per_second: f64,
@@ -146,6 +162,7 @@ fn measure(session: &mut Session<'_>, args: &BenchArgs, model: &str) -> Result<V
     phase.end();
     let row = |t: usize, m: usize| Row {
         model: model.to_string(),
+        synthetic_index: args.synthetic_index,
         test: tests[t].name(session.n_prefix),
         mode: modes[m].0.clone(),
         tokens_per_second: metrics::mean(&speed[t][m]),
@@ -201,22 +218,47 @@ fn prepare(args: &BenchArgs, file: &Path, folder: &Path) -> Result<(PathBuf, Opt
     Ok((output, Some(state)))
 }
 
+/// A prefix and its synthetic index.
+fn synthetic_session<'m>(args: &BenchArgs, model: &'m Model, slack: usize, folder: &Path) -> Result<Session<'m>> {
+    let settings = args.cluster.settings(args.model.n_threads())?;
+    let tokens = match &args.file {
+        Some(file) => synthetic::text(model, &build_cmd::read_text(file)?, args.depth, settings.n_threads)?,
+        None => synthetic::by_chance(model, args.depth.unwrap_or(DEFAULT_DEPTH), settings.seed),
+    };
+    let file = args.keep_index.clone().unwrap_or_else(|| folder.join("bench.sqz.gguf"));
+    if args.keep_index.is_none() {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    }
+    synthetic::open(model, &args.model, tokens, &settings, slack, &file).context(if args.file.is_some() {
+        "no synthetic index of this text"
+    } else {
+        "no synthetic index of tokens by chance: give a text with -f"
+    })
+}
+
 /// The command.
 pub fn run(args: &BenchArgs) -> Result<()> {
     let folder = std::env::temp_dir().join(format!("sqz-bench-{}", std::process::id()));
     let measured = (|| {
-        let (index, state) = match (&args.file, &args.index, &args.state_file) {
-            (Some(file), None, None) => prepare(args, file, &folder)?,
-            (None, Some(index), state) => (index.clone(), state.clone()),
-            _ => bail!("what is measured behind? Give a text with -f, or an index with --index"),
+        let made = match (&args.file, &args.index, &args.state_file) {
+            _ if args.synthetic_index => None,
+            (Some(file), None, None) => Some(prepare(args, file, &folder)?),
+            (None, Some(index), state) => Some((index.clone(), state.clone())),
+            _ => bail!("what is measured behind? Give a text with -f, an index with --index, or --synthetic-index"),
         };
         let model = Model::load(&args.model.model)?;
         let slack = args.n_prompt.max(args.n_gen) + 16;
-        let name = match args.model.cache_types() {
-            types if types == "f16" => model.description(),
-            types => format!("{}, {types} cache", model.description()),
+        let mut name = model.description();
+        if args.model.cache_types() != "f16" {
+            name += &format!(", {} cache", args.model.cache_types());
+        }
+        let mut session = match made {
+            Some((index, state)) => Session::open(&model, &args.model, &index, state.as_deref(), slack)?,
+            None => {
+                name += ", synthetic index";
+                synthetic_session(args, &model, slack, &folder)?
+            }
         };
-        let mut session = Session::open(&model, &args.model, &index, state.as_deref(), slack)?;
         measure(&mut session, args, &name)
     })();
     if folder.exists() {
@@ -239,6 +281,7 @@ mod tests {
     fn the_table_is_aligned_and_names_everything() {
         let row = |mode: &str, speed, kept| Row {
             model: "llama 135M Q5".into(),
+            synthetic_index: false,
             test: Test::Generate(32).name(6500),
             mode: mode.into(),
             tokens_per_second: speed,

@@ -366,6 +366,7 @@ pub(crate) fn meta(
         },
         calibration: Vec::new(),
         dense_layers: Vec::new(),
+        synthetic: false,
     })
 }
 

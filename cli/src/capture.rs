@@ -64,6 +64,8 @@ pub struct Capture {
     layers: BTreeMap<u32, Layer>,
     /// Attention ops seen, whether of a layer with a cache or not.
     n_op: usize,
+    /// Nothing is looked at any more, and graphs are computed in one go again.
+    ended: bool,
 }
 
 /// The scheduler's callback; `user` is a `Capture`.
@@ -73,7 +75,7 @@ pub struct Capture {
 pub unsafe extern "C" fn on_eval(t: *mut sys::ggml_tensor, ask: bool, user: *mut c_void) -> bool {
     // SAFETY: see above; nobody else uses the capture during a decode.
     let (t, capture) = unsafe { (&*t, &mut *user.cast::<Capture>()) };
-    if t.op != sys::GGML_OP_FLASH_ATTN_EXT {
+    if t.op != sys::GGML_OP_FLASH_ATTN_EXT || capture.ended {
         return !ask;
     }
     if !ask {
@@ -124,7 +126,12 @@ fn rows(root: *const sys::ggml_tensor, view: &sys::ggml_tensor, element: Option<
 impl Capture {
     pub fn new(n_prefix: usize, n_window: usize) -> Capture {
         let (masks, layers) = (HashMap::new(), BTreeMap::new());
-        Capture { n_prefix, n_window, first: 0, n: 0, masks, layers, n_op: 0 }
+        Capture { n_prefix, n_window, first: 0, n: 0, masks, layers, n_op: 0, ended: false }
+    }
+
+    /// From here on graphs run as without a capture; what was seen is kept.
+    pub fn end(&mut self) {
+        self.ended = true;
     }
 
     /// Called before each graph: which tokens it has.

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser;
-use sqz::{bench, build_cmd, eval, extend_cmd, facts, info, inspect, llama, run};
+use sqz::{bench, build_cmd, eval, extend_cmd, facts, info, inspect, llama, random_model, run};
 
 #[derive(Parser)]
 #[command(name = "sqz", version, about, arg_required_else_help = true)]
@@ -32,6 +32,9 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Measure speed, dense and sparse, in one process
     Bench(bench::BenchArgs),
+    /// Write a model of random weights, for `bench --synthetic-index`
+    #[command(hide = true)]
+    RandomModel(random_model::RandomModelArgs),
     /// Show versions, devices, kernels and defaults
     Info(info::InfoArgs),
 }
@@ -59,6 +62,7 @@ impl Command {
             Command::Facts(args) => start().and_then(|()| facts::run(&args)),
             Command::Eval(args) => start().and_then(|()| eval::run(&args)),
             Command::Bench(args) => start().and_then(|()| bench::run(&args)),
+            Command::RandomModel(args) => random_model::run(&args),
             Command::Info(args) => start().and_then(|()| info::run(&args)),
         }?;
         Ok(ExitCode::SUCCESS)

@@ -83,7 +83,7 @@ fn matchers(snapshot: &Snapshot) -> Vec<Arc<Matcher>> {
 pub fn start(config: Config) {
     let mut found = Vec::new();
     for path in &config.index_paths {
-        match Index::open(path) {
+        match if config.synthetic { Index::open_any(path) } else { Index::open(path) } {
             Ok(index) => found.push(Arc::new(Matcher::new(Arc::new(index)))),
             Err(error @ IndexError::Io { .. }) => log(format_args!("{error}; attention stays dense")),
             Err(error) => log(format_args!("{}: {error}; attention stays dense", path.display())),

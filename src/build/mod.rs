@@ -13,6 +13,7 @@ mod matmul;
 pub mod sample;
 mod sketch;
 mod summary;
+mod synthetic;
 mod topdown;
 
 use std::sync::{Mutex, PoisonError};
@@ -24,6 +25,7 @@ pub use calibrate::{calibrate, window_scores, LayerScores, BUDGETS};
 pub use error::BuildError;
 pub use extend::{check_extension, extend_layer, extend_sketch};
 pub use sketch::{cache_blocks, probe, probe_tokens, sketch, sketch_margin, SketchMargin};
+pub use synthetic::synthetic_layer;
 
 use crate::index::{LayerParts, LayerShape};
 use crate::random::split_mix;

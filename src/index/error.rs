@@ -35,6 +35,12 @@ pub enum IndexError {
         "the index is damaged: the checksum of {tensor} does not match: copy it again, or rebuild it with `sqz build`"
     )]
     Checksum { tensor: String },
+    /// See [`Index::open_any`](super::Index::open_any).
+    #[error(
+        "the index is synthetic: its clusters are made up to measure speed (`sqz bench --synthetic-index`), answers from it \
+         would be wrong: make a real one with `sqz build`"
+    )]
+    Synthetic,
     /// A rule of the format or of `IndexParts` is broken.
     #[error("the index is not valid: {what}: rebuild it with `sqz build` of this program")]
     Invalid { what: String },

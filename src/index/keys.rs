@@ -6,7 +6,7 @@ use sha2::{Digest, Sha256};
 use super::error::ensure;
 use super::gguf::{self, Cursor, Writer, ARRAY, F32, I32, STRING, U32, U64};
 use super::layout::{Header, ProbeShape, SketchShape};
-use super::seal::{CHECKSUMS_KEY, GENERAL_TYPE, SEAL_KEY, VERSION_KEY};
+use super::seal::{CHECKSUMS_KEY, GENERAL_TYPE, SEAL_KEY, SYNTHETIC_TYPE, VERSION_KEY};
 use super::types::*;
 use super::IndexError;
 
@@ -34,7 +34,7 @@ fn tokens_sha256(tokens: &[i32]) -> String {
 /// Writes every key, with zeros for checksums (`seal` sets them).
 pub(super) fn put(out: &mut Writer, header: &Header) {
     let Header { meta, shapes, sketch, probes } = header;
-    out.str("general.type", GENERAL_TYPE);
+    out.str("general.type", if meta.synthetic { SYNTHETIC_TYPE } else { GENERAL_TYPE });
     out.str("general.architecture", "squeeze");
     out.scalar("general.alignment", U32, (gguf::ALIGNMENT as u32).to_le_bytes());
     out.scalar(VERSION_KEY, U32, FORMAT_VERSION.to_le_bytes());
@@ -141,10 +141,9 @@ pub(super) const MAX_ROWS: usize = 1024;
 /// Reads every key. The values are as stored: `validate::header` comes next.
 pub(super) fn get(bytes: &[u8], n_kv: u64) -> Result<Header, IndexError> {
     let mut keys = Keys { cursor: Cursor::new(bytes, gguf::KEYS_START), left: n_kv };
-    for (key, expected) in [("general.type", GENERAL_TYPE), ("general.architecture", "squeeze")] {
-        let found = keys.str(key)?;
-        ensure!(found == expected, "{key} is {found:?}, not {expected:?}");
-    }
+    let synthetic = keys.str("general.type")? == SYNTHETIC_TYPE;
+    let architecture = keys.str("general.architecture")?;
+    ensure!(architecture == "squeeze", "general.architecture is {architecture:?}, not \"squeeze\"");
     for (key, expected) in [("general.alignment", gguf::ALIGNMENT as u32), (VERSION_KEY, FORMAT_VERSION)] {
         let found = keys.u32(key)?;
         ensure!(found == expected, "{key} is {found}, not {expected}");
@@ -180,7 +179,8 @@ pub(super) fn get(bytes: &[u8], n_kv: u64) -> Result<Header, IndexError> {
     let dense_layers = keys.dense_layers()?;
     let shapes = keys.shapes()?;
     let calibration = columns.rows(shapes.len())?;
-    let meta = IndexMeta { model, rope, n_layer, tokens, n_sink, n_window, build, calibration, dense_layers };
+    let meta =
+        IndexMeta { model, rope, n_layer, tokens, n_sink, n_window, build, calibration, dense_layers, synthetic };
 
     let mut sketch = EMPTY_SKETCH;
     for (key, get) in SKETCH_KEYS {

@@ -30,8 +30,23 @@ impl Index {
     /// # Errors
     /// See [`IndexError`]; only `Io` names the path.
     pub fn open(path: &Path) -> Result<Index, IndexError> {
+        Index::open_any(path)?.real()
+    }
+
+    /// The same, but a synthetic index too: whoever takes it must say so in every figure.
+    ///
+    /// # Errors
+    /// As [`Index::open`], without `Synthetic`.
+    pub fn open_any(path: &Path) -> Result<Index, IndexError> {
         let bytes = Bytes::map(path).map_err(|source| IndexError::Io { path: path.to_path_buf(), source })?;
         Index::parse(bytes, Some(path.to_path_buf()))
+    }
+
+    fn real(self) -> Result<Index, IndexError> {
+        if self.meta().synthetic {
+            return Err(IndexError::Synthetic);
+        }
+        Ok(self)
     }
 
     /// The same from memory; the bytes are copied to aligned storage.
@@ -39,7 +54,7 @@ impl Index {
     /// # Errors
     /// As [`Index::open`], without `Io`.
     pub fn from_bytes(bytes: Vec<u8>) -> Result<Index, IndexError> {
-        Index::parse(Bytes::copy(&bytes), None)
+        Index::parse(Bytes::copy(&bytes), None)?.real()
     }
 
     fn parse(bytes: Bytes, path: Option<PathBuf>) -> Result<Index, IndexError> {

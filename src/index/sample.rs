@@ -94,6 +94,7 @@ pub fn sample_parts(
         },
         calibration: calibration.to_vec(),
         dense_layers: vec![(layers as u32, "sliding window of 512".into())],
+        synthetic: false,
     };
 
     let layer = |number: usize, random: &mut Random| {

@@ -11,6 +11,8 @@ use super::types::FORMAT_VERSION;
 use super::IndexError;
 
 pub(super) const GENERAL_TYPE: &str = "squeeze-index";
+/// `general.type` of an index whose clusters are made up: programs that do not know of such take it for no index.
+pub(super) const SYNTHETIC_TYPE: &str = "squeeze-index-synthetic";
 pub(super) const VERSION_KEY: &str = "squeeze.version";
 pub(super) const CHECKSUMS_KEY: &str = "squeeze.checksums";
 pub(super) const SEAL_KEY: &str = "squeeze.metadata_checksum";
@@ -54,7 +56,7 @@ impl Frame {
                 _ => {}
             }
         }
-        if kind.as_deref() != Some(GENERAL_TYPE) {
+        if !matches!(kind.as_deref(), Some(GENERAL_TYPE | SYNTHETIC_TYPE)) {
             return Err(IndexError::NotAnIndex(kind.unwrap_or_default()));
         }
         match version {

@@ -83,6 +83,8 @@ pub struct IndexMeta {
     pub calibration: Vec<Calibration>,
     /// Layers that have a KV cache but stay dense, with the reason, for people.
     pub dense_layers: Vec<(u32, String)>,
+    /// Its clusters are made up: good for speed figures, and for nothing else. The file then has a `general.type` of its own.
+    pub synthetic: bool,
 }
 
 impl IndexMeta {

@@ -330,6 +330,7 @@ fn index_parts(spec: &Spec, r: &mut Random, n_cluster: usize, keys: &[f16], valu
         },
         calibration: vec![Calibration { budget: 0.2, threshold: 1e-3, kept: 0.2, mass: 0.9, layer_kept: vec![0.2] }],
         dense_layers: vec![(0, "test".into())],
+        synthetic: false,
     };
     let dims: Vec<u32> = (0..8).collect();
     let sketch = |rows: &[f16], d: usize| (0..spec.n_prefix).flat_map(|t| rows[t * d..t * d + 8].to_vec()).collect();

@@ -39,6 +39,11 @@ impl<'m> Context<'m> {
         Self::make(model, args, n_ctx, 1, swa_full, capture)
     }
 
+    /// A context with a capture that is cut back again and again after that has ended.
+    pub fn with_capture(model: &'m Model, args: &ModelArgs, n_ctx: usize, capture: Capture) -> Result<Context<'m>> {
+        Self::make(model, args, n_ctx, 1, true, Some(capture))
+    }
+
     /// A context whose states fit the caches of llama.cpp's programs.
     pub fn for_states(model: &'m Model, args: &ModelArgs, n_ctx: usize) -> Result<Context<'m>> {
         Self::make(model, args, n_ctx, 1, args.swa_full, None)

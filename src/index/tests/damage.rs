@@ -111,6 +111,23 @@ fn a_model_is_no_index() {
 }
 
 #[test]
+fn a_synthetic_index_is_opened_only_on_purpose() {
+    let mut parts = small();
+    parts.meta.synthetic = true;
+    let bytes = to_bytes(&parts).unwrap();
+    assert!(matches!(open(&bytes), Err(IndexError::Synthetic)));
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), &bytes).unwrap();
+    assert!(matches!(Index::open(file.path()), Err(IndexError::Synthetic)));
+    assert_eq!(*Index::open_any(file.path()).unwrap().meta(), parts.meta);
+    // the mark is under the seal: it cannot be taken off unseen
+    let at = bytes.windows(10).position(|w| w == b"-synthetic").unwrap();
+    let mut forged = bytes.clone();
+    forged[at..at + 10].copy_from_slice(b"_synthetic");
+    assert!(matches!(open(&forged), Err(IndexError::NotAnIndex(_))));
+}
+
+#[test]
 fn other_files_are_not_gguf() {
     for text in ["hello, world, this is a text", "GGML", "x", "\u{7f}ELF"] {
         let error = open(text.as_bytes()).unwrap_err();
