@@ -136,7 +136,8 @@ fn index_bytes(s: &Shape) -> Vec<u8> {
             cache_types: ["f16".into(), "f16".into()],
             builder: "bench".into(),
         },
-        calibration: vec![Calibration { budget: 0.2, threshold: 1e-3, kept: 0.2, mass: 0.9, layer_kept: vec![0.2] }],
+        calibration: Vec::new(),
+        mass_targets: Vec::new(),
         dense_layers: vec![],
         synthetic: false,
     };

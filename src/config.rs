@@ -23,7 +23,7 @@ pub enum ModeSetting {
     Budget(f32),
     /// The index's calibrated global threshold for this nominal share.
     Threshold(f32),
-    /// Estimated share of the attention mass.
+    /// Calibrated share of the prefix's attention mass.
     Mass(f32),
 }
 
@@ -50,6 +50,8 @@ pub struct Config {
     pub synthetic: bool,
     /// Write zeros instead of attention: measures the ceiling. Never from the environment.
     pub attention_free: bool,
+    /// Measure the attention mass that selections miss, at the cost of dense attention. Never from the environment.
+    pub measure: bool,
 }
 
 impl Default for Config {
@@ -68,6 +70,7 @@ impl Default for Config {
             status_path: None,
             synthetic: false,
             attention_free: false,
+            measure: false,
         }
     }
 }

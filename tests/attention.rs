@@ -54,10 +54,10 @@ fn check(spec: &Spec, planned: usize, nth: usize) {
     let mut case = Case::new(spec);
     for path in Path::available() {
         let options = |schedule| Options { path: Some(path), schedule: Some(schedule) };
-        let plan = case.plan(planned, options(Schedule::Split)).unwrap();
+        let plan = case.plan(planned, options(Schedule::Split)).unwrap().measured();
         let split = case.run(&plan, nth);
         let call = &case.call;
-        let mut shares = (0.0, 0);
+        let (mut shares, mut missed) = ((0.0, 0), (0.0, 0));
         for (row, kind) in call.rows.iter().enumerate() {
             let Row::Sparse(n) = kind else { continue };
             let index = &call.bindings[*n as usize].index;
@@ -69,9 +69,17 @@ fn check(spec: &Spec, planned: usize, nth: usize) {
                 let keys: u32 = kept.iter().map(|i| o[*i as usize + 1] - o[*i as usize]).sum();
                 shares.0 += (spec.n_sink as f64 + keys as f64) / (spec.n_prefix - spec.n_window) as f64;
                 shares.1 += 1;
+                if call.tile_of(row).len() == 1 {
+                    missed = (missed.0 + oracle::missed(call, row, h, &kept), missed.1 + 1);
+                }
             }
         }
-        assert!((plan.kept().share_sum - shares.0).abs() < 1e-9 && plan.kept().count == shares.1);
+        let same = |got: cpu::Kept, missed: (f64, u64)| {
+            assert!((got.share_sum - shares.0).abs() < 1e-9 && got.count == shares.1);
+            assert!((got.missed_sum - missed.0).abs() < 1e-4 * (1 + missed.1) as f64, "{got:?}, not {missed:?}");
+            assert_eq!(got.missed_count, missed.1);
+        };
+        same(plan.kept(), missed);
         let want = oracle::run_with(call, &|row, h| plan.selected(row, h).unwrap());
         close(&split, &want, &format!("split on {}", path.name()));
         assert_eq!(case.run(&plan, nth + 1), split, "a second run of the same plan");
@@ -79,7 +87,10 @@ fn check(spec: &Spec, planned: usize, nth: usize) {
         let plan = case.plan(planned, options(Schedule::Fused)).unwrap();
         let fused = case.run(&plan, nth);
         close(&fused, &want, &format!("fused on {}", path.name()));
-        assert!((plan.kept().share_sum - shares.0).abs() < 1e-9 && plan.kept().count == shares.1);
+        same(plan.kept(), (0.0, 0));
+        let plan = plan.measured();
+        assert_eq!(case.run(&plan, nth), fused, "measuring changes nothing");
+        same(plan.kept(), missed);
     }
 }
 

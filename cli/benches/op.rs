@@ -121,7 +121,8 @@ fn index(shape: Shape, k: &[f16], v: &[f16], n_layer: u32) -> Index {
     let mut meta = sample_parts(1, 200, 1, shape.n_head_kv, shape.dim, shape.dim, 4).meta;
     meta.tokens = (0..n_prefix as i32).collect();
     (meta.n_sink, meta.n_window, meta.n_layer) = (settings.n_sink, settings.n_window, n_layer);
-    meta.calibration = build::calibrate(&vec![scores; n_layer as usize], &build::BUDGETS);
+    let tables = build::calibrate(&vec![scores; n_layer as usize], &build::BUDGETS);
+    (meta.calibration, meta.mass_targets) = (tables.budgets, tables.masses);
     meta.dense_layers.clear();
     let layers = (0..n_layer)
         .map(|l| {

@@ -146,7 +146,7 @@ fn measure(session: &mut Session<'_>, args: &BenchArgs, model: &str) -> Result<V
     for repetition in 0..=args.repetitions {
         for (t, test) in tests.iter().enumerate() {
             for (m, (_, attention)) in modes.iter().enumerate() {
-                attention.apply(false);
+                attention.apply(false, false);
                 let seconds = time(session, *test)?;
                 attention.check()?;
                 if repetition > 0 {

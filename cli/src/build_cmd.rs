@@ -311,7 +311,8 @@ pub(crate) fn cluster(
     }
     dense.sort();
     parts.meta.dense_layers = dense;
-    parts.meta.calibration = build::calibrate(&scores, &build::BUDGETS);
+    let tables = build::calibrate(&scores, &build::BUDGETS);
+    (parts.meta.calibration, parts.meta.mass_targets) = (tables.budgets, tables.masses);
     Ok((seconds, worst))
 }
 
@@ -365,6 +366,7 @@ pub(crate) fn meta(
             builder: format!("sqz {}", env!("CARGO_PKG_VERSION")),
         },
         calibration: Vec::new(),
+        mass_targets: Vec::new(),
         dense_layers: Vec::new(),
         synthetic: false,
     })

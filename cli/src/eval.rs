@@ -94,7 +94,11 @@ fn variants(args: &EvalArgs) -> Vec<Variant> {
 #[derive(Clone, Debug, Serialize)]
 pub struct Outcome {
     pub variant: String,
+    /// Share of the prefix's keys kept: mean over tokens, layers and KV heads.
     pub kept: f64,
+    /// Share of the prefix's attention mass on keys not kept, likewise; none of rows that share a selection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub missed: Option<f64>,
     /// KL(dense || variant) of each answer token, nats.
     pub kl: Vec<f64>,
     /// Answer tokens whose most likely token is the dense one.
@@ -121,6 +125,8 @@ pub struct Answered {
 pub struct Summary {
     pub variant: String,
     pub kept: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub missed: Option<f64>,
     pub kl_mean: f64,
     pub kl_p95: f64,
     /// Percent.
@@ -176,7 +182,7 @@ impl Runner<'_> {
 
     /// The reference's own greedy answer.
     fn reference_answer(&mut self, question: &[i32], n: usize) -> Result<Vec<i32>> {
-        Attention::Forced.apply(self.args.estimate);
+        Attention::Forced.apply(self.args.estimate, false);
         self.session.context.truncate(self.session.n_prefix)?;
         self.session.context.decode(question, Outputs::Last)?;
         let first = metrics::argmax(self.session.context.logits(question.len() - 1)?);
@@ -208,14 +214,17 @@ impl Runner<'_> {
 
     fn outcome(&mut self, v: &Variant, q: &Question, tokens: &[i32], answer: &[i32], dense: &[f32]) -> Result<Outcome> {
         let n_vocab = self.model.n_vocab();
-        v.attention.apply(self.args.estimate);
+        v.attention.apply(self.args.estimate, true);
         let (mut kl, mut choice) = (Vec::new(), Vec::new());
         self.feed(tokens, answer, |i, logits| {
             kl.push(metrics::kl(&dense[i * n_vocab..(i + 1) * n_vocab], logits));
             choice.push(metrics::argmax(logits));
         })?;
         v.attention.check()?;
-        let kept = if matches!(v.attention, Attention::Sparse(..)) { backend::stats().kept_share } else { 1.0 };
+        let (kept, missed) = match v.attention {
+            Attention::Sparse(..) => (backend::stats().kept_share, backend::stats().missed_share),
+            _ => (1.0, Some(0.0)),
+        };
         let dense_choice = dense.chunks(n_vocab).map(metrics::argmax);
         let same = choice.iter().zip(dense_choice).filter(|(a, b)| *a == b).count();
         let mut text = None;
@@ -230,14 +239,14 @@ impl Runner<'_> {
             text = Some(self.model.text(&own));
         }
         let right = text.as_ref().and_then(|t| is_right(q, t));
-        Ok(Outcome { variant: v.label.clone(), kept, kl, same, answer: text, right })
+        Ok(Outcome { variant: v.label.clone(), kept, missed, kl, same, answer: text, right })
     }
 
     fn ask(&mut self, variants: &[Variant], q: &Question) -> Result<Answered> {
         let tokens = self.question_tokens(&q.prompt)?;
         let answer = self.reference_answer(&tokens, q.n_predict)?;
         let mut dense = Vec::with_capacity(answer.len() * self.model.n_vocab());
-        Attention::Forced.apply(self.args.estimate);
+        Attention::Forced.apply(self.args.estimate, false);
         self.feed(&tokens, &answer, |_, logits| dense.extend_from_slice(logits))?;
         Attention::Forced.check()?;
         let outcomes =
@@ -255,9 +264,11 @@ pub fn summarise(answered: &[Answered]) -> Vec<Summary> {
             let of: Vec<&Outcome> = answered.iter().map(|a| &a.outcomes[i]).collect();
             let kl: Vec<f64> = of.iter().flat_map(|o| o.kl.iter().copied()).collect();
             let kept: Vec<f64> = of.iter().map(|o| o.kept).collect();
+            let missed: Vec<f64> = of.iter().filter_map(|o| o.missed).collect();
             Summary {
                 variant: labels[i].variant.clone(),
                 kept: metrics::mean(&kept),
+                missed: (!missed.is_empty()).then(|| metrics::mean(&missed)),
                 kl_mean: metrics::mean(&kl),
                 kl_p95: metrics::quantile(&kl, 0.95),
                 top1: 100.0 * of.iter().map(|o| o.same).sum::<usize>() as f64 / kl.len().max(1) as f64,
@@ -270,14 +281,15 @@ pub fn summarise(answered: &[Answered]) -> Vec<Summary> {
 
 fn table(rows: &[Summary], n_fact: usize, n_question: usize) -> String {
     let mut out = format!(
-        "| {:<20} | {:>5} | {:>8} | {:>8} | {:>7} | facts right | same text |\n|{:-<22}|{:->7}|{:->10}|{:->10}|{:->9}|------------:|----------:|\n",
-        "attention", "kept", "KL mean", "KL p95", "top-1 %", "", ":", ":", ":", ":"
+        "| {:<20} | {:>5} | {:>6} | {:>8} | {:>8} | {:>7} | facts right | same text |\n|{:-<22}|{:->7}|{:->8}|{:->10}|{:->10}|{:->9}|------------:|----------:|\n",
+        "attention", "kept", "missed", "KL mean", "KL p95", "top-1 %", "", ":", ":", ":", ":", ":"
     );
     for r in rows {
         out += &format!(
-            "| {:<20} | {:>5.3} | {:>8.5} | {:>8.5} | {:>7.2} | {:>11} | {:>9} |\n",
+            "| {:<20} | {:>5.3} | {:>6} | {:>8.5} | {:>8.5} | {:>7.2} | {:>11} | {:>9} |\n",
             r.variant,
             r.kept,
+            r.missed.map_or("-".to_string(), |m| format!("{m:.4}")),
             r.kl_mean,
             r.kl_p95,
             r.top1,
@@ -369,7 +381,7 @@ mod tests {
 
     fn answered(kl: &[f64], same: usize, right: bool) -> Answered {
         let (variant, kl) = ("v".to_string(), kl.to_vec());
-        let outcome = Outcome { variant, kept: 0.5, kl, same, answer: None, right: Some(right) };
+        let outcome = Outcome { variant, kept: 0.5, missed: Some(0.25), kl, same, answer: None, right: Some(right) };
         let (question, dense_answer) = (question(Some("X")), "X".to_string());
         Answered { question, dense_answer, dense_right: Some(true), outcomes: vec![outcome] }
     }
@@ -388,6 +400,7 @@ mod tests {
         let expected = Summary {
             variant: "v".into(),
             kept: 0.5,
+            missed: Some(0.25),
             kl_mean: 2.0,
             kl_p95: 5.0,
             top1: 75.0,
@@ -396,7 +409,7 @@ mod tests {
         };
         assert_eq!(rows, [expected]);
         let text = table(&rows, 2, 2);
-        assert!(text.contains("2.00000") && text.contains("1 of 2"), "{text}");
+        assert!(text.contains("0.2500") && text.contains("2.00000") && text.contains("1 of 2"), "{text}");
         let widths: Vec<usize> = text.lines().map(str::len).collect();
         assert!(widths.iter().all(|w| *w == widths[0]), "{text}");
     }

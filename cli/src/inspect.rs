@@ -3,10 +3,11 @@
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
+use std::ops::Range;
 use std::path::PathBuf;
 
 use anyhow::{ensure, Context as _};
-use ggml_squeeze::index::{Calibration, Index, LayerView, FORMAT_VERSION};
+use ggml_squeeze::index::{Calibration, HeadShares, Index, IndexMeta, LayerView, MassTarget, FORMAT_VERSION};
 use serde::Serialize;
 
 use crate::llama;
@@ -61,6 +62,7 @@ struct Report {
     sketch: Sketch,
     probes: Vec<Probe>,
     calibration: Vec<Row>,
+    masses: Vec<Mass>,
     layers: Vec<Layer>,
     total: Total,
     dense_layers: Vec<Dense>,
@@ -123,6 +125,14 @@ struct Row {
     mass: f32,
 }
 
+/// A row of mass mode's table.
+#[derive(Serialize)]
+struct Mass {
+    mass: f32,
+    target: f32,
+    kept: f32,
+}
+
 #[derive(Serialize)]
 struct Layer {
     layer: u32,
@@ -141,11 +151,24 @@ struct Layer {
     bytes: u64,
 }
 
-/// Share of the keys that one layer keeps at the threshold of a nominal budget.
+/// What one layer keeps at a nominal budget, mean over its KV heads and the window's queries.
 #[derive(Serialize)]
 struct Kept {
     budget: f32,
+    /// Share of the keys at the budget's threshold.
     share: f32,
+    /// Share of the attention mass at the threshold, and in budget mode.
+    mass: f32,
+    budget_mass: f32,
+    /// The same of each KV head.
+    heads: Vec<Head>,
+}
+
+#[derive(Serialize)]
+struct Head {
+    share: f32,
+    mass: f32,
+    budget_mass: f32,
 }
 
 #[derive(Serialize)]
@@ -172,7 +195,13 @@ fn report(index: &Index) -> Report {
     let meta = index.meta();
     let sketch = index.sketch();
     let views = index.shapes().iter().filter_map(|shape| index.layer(shape.layer));
-    let layers: Vec<Layer> = views.enumerate().map(|(i, view)| layer(index, i, &view)).collect();
+    let mut first = 0;
+    let mut of = |view: LayerView| {
+        let heads = first..first + view.shape.n_head_kv as usize;
+        first = heads.end;
+        layer(index, heads, &view)
+    };
+    let layers: Vec<Layer> = views.map(&mut of).collect();
     let layer_bytes = layers.iter().map(|l| l.bytes).sum();
     Report {
         file: index.path().map(|path| path.to_path_buf()),
@@ -211,6 +240,11 @@ fn report(index: &Index) -> Report {
             .iter()
             .map(|c| Row { budget: c.budget, threshold: c.threshold, kept: c.kept, mass: c.mass })
             .collect(),
+        masses: meta
+            .mass_targets
+            .iter()
+            .map(|row| Mass { mass: row.mass, target: row.target, kept: row.kept })
+            .collect(),
         total: Total {
             layers: layers.len(),
             clusters: layers.iter().map(|l| u64::from(l.clusters) * u64::from(l.n_head_kv)).sum(),
@@ -225,7 +259,8 @@ fn report(index: &Index) -> Report {
     }
 }
 
-fn layer(index: &Index, i: usize, view: &LayerView) -> Layer {
+/// `among`: the place of its KV heads among all.
+fn layer(index: &Index, among: Range<usize>, view: &LayerView) -> Layer {
     let shape = view.shape;
     let heads = 0..shape.n_head_kv as usize;
     let mut sizes: Vec<u32> =
@@ -244,11 +279,20 @@ fn layer(index: &Index, i: usize, view: &LayerView) -> Layer {
         size_mean: view.n_clustered() as f64 / f64::from(shape.n_cluster),
         size_p99: sizes[rank - 1],
         size_max: sizes[sizes.len() - 1],
-        kept: shown(&index.meta().calibration)
-            .iter()
-            .map(|row| Kept { budget: row.budget, share: row.layer_kept[i] })
-            .collect(),
+        kept: shown(&index.meta().calibration).iter().map(|row| kept(row.budget, &row.heads[among.clone()])).collect(),
         bytes: index.layer_bytes(shape.layer),
+    }
+}
+
+fn kept(budget: f32, heads: &[HeadShares]) -> Kept {
+    let mean = |of: fn(&HeadShares) -> f32| heads.iter().map(of).sum::<f32>() / heads.len() as f32;
+    let head = |h: &HeadShares| Head { share: h.kept, mass: h.mass, budget_mass: h.budget_mass };
+    Kept {
+        budget,
+        share: mean(|h| h.kept),
+        mass: mean(|h| h.mass),
+        budget_mass: mean(|h| h.budget_mass),
+        heads: heads.iter().map(head).collect(),
     }
 }
 
@@ -256,7 +300,7 @@ fn layer(index: &Index, i: usize, view: &LayerView) -> Layer {
 fn shown(rows: &[Calibration]) -> Vec<&Calibration> {
     let nearest =
         |budget: f32| rows.iter().min_by(|a, b| (a.budget - budget).abs().total_cmp(&(b.budget - budget).abs()));
-    let mut shown: Vec<&Calibration> = [0.05, 0.1, 0.2, 0.5].into_iter().filter_map(nearest).collect();
+    let mut shown: Vec<&Calibration> = [0.1, 0.2, 0.5].into_iter().filter_map(nearest).collect();
     shown.dedup_by_key(|row| row.budget);
     shown
 }
@@ -304,14 +348,8 @@ pub fn render(index: &Index) -> String {
         report.probes.iter().map(|p| format!("{} rows of layer {}", p.tokens.len(), p.layer)).collect();
     line("probes", if probes.is_empty() { "none".into() } else { probes.join(", ") });
 
-    out += "\ncalibration (threshold mode)\n";
-    let rows = report
-        .calibration
-        .iter()
-        .map(|row| vec![percent(row.budget), format!("{:.3e}", row.threshold), percent(row.kept), percent(row.mass)]);
-    out += &table(&["budget", "threshold", "kept", "mass"].map(String::from), rows.collect());
-
-    out += "\nlayers (cluster sizes in keys; kept: share of the keys at a budget's threshold)\n";
+    out += &calibration(index.meta());
+    out += "\nlayers (cluster sizes in keys; kept and mass: shares of the keys and of the attention at a budget's threshold)\n";
     out += &layer_table(&report);
     let Total { layers, clusters, layer_bytes, other_bytes, cache_bytes, cache_share } = report.total;
     out += &format!(
@@ -336,19 +374,41 @@ pub fn render(index: &Index) -> String {
     out
 }
 
+/// The tables of threshold and mass mode, as far as there are any.
+fn calibration(meta: &IndexMeta) -> String {
+    let mut out = "\ncalibration by the window's queries (kept: share of the keys; mass: of the attention on them; behind the threshold of threshold mode)\n".to_string();
+    let row = |row: &Calibration| {
+        let of = |of: fn(&HeadShares) -> f32| row.heads.iter().map(move |h| of(h));
+        let mean = of(|h| h.budget_mass).sum::<f32>() / row.heads.len() as f32;
+        let least = of(|h| h.budget_mass).fold(f32::INFINITY, f32::min);
+        let (low, high) = (of(|h| h.kept).fold(f32::INFINITY, f32::min), of(|h| h.kept).fold(0.0, f32::max));
+        let threshold =
+            [format!("{:.3e}", row.threshold), percent(row.kept), format!("{} to {}", percent(low), percent(high))];
+        [vec![percent(row.budget), percent(mean), percent(least)], threshold.to_vec(), vec![percent(row.mass)]].concat()
+    };
+    let head = ["budget", "mass at it", "least head", "threshold", "kept", "by head", "mass"].map(String::from);
+    out += &table(&head, meta.calibration.iter().map(row).collect());
+    if !meta.mass_targets.is_empty() {
+        let row = |row: &MassTarget| vec![percent(row.mass), format!("{:.4}", row.target), percent(row.kept)];
+        out += "\nmass mode (estimate: where selection stops for a mass)\n";
+        out += &table(&["mass", "estimate", "kept"].map(String::from), meta.mass_targets.iter().map(row).collect());
+    }
+    out
+}
+
 fn layer_table(report: &Report) -> String {
     let mut head: Vec<String> =
         ["layer", "kv heads", "group", "dim k", "dim v", "clusters", "coarse", "mean", "p99", "max"]
             .map(String::from)
             .to_vec();
     let kept = report.layers.first().map_or(&[][..], |l| &l.kept);
-    head.extend(kept.iter().map(|k| format!("kept @ {}", percent(k.budget))));
+    head.extend(kept.iter().flat_map(|k| ["kept", "mass"].map(|what| format!("{what} @ {}", percent(k.budget)))));
     head.push("bytes".into());
     let row = |l: &Layer| {
         let numbers = [l.layer, l.n_head_kv, l.n_group, l.head_dim_k, l.head_dim_v, l.clusters, l.coarse];
         let mut row: Vec<String> = numbers.iter().map(u32::to_string).collect();
         row.extend([format!("{:.1}", l.size_mean), l.size_p99.to_string(), l.size_max.to_string()]);
-        row.extend(l.kept.iter().map(|k| percent(k.share)));
+        row.extend(l.kept.iter().flat_map(|k| [percent(k.share), percent(k.mass)]));
         row.push(size(l.bytes));
         row
     };
@@ -387,126 +447,5 @@ pub fn clean(text: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use ggml_squeeze::index::sample::{add_coarse, sample_parts};
-    use ggml_squeeze::index::{to_bytes, write, IndexParts};
-
-    fn parts() -> IndexParts {
-        let mut parts = sample_parts(7, 200, 2, 2, 4, 3, 5);
-        add_coarse(&mut parts, 8, 2);
-        let layer = &mut parts.layers[1];
-        // 159 keys: sizes 1, 1, 1, 1, 155 and 30, 30, 30, 30, 39.
-        layer.offsets = vec![0, 1, 2, 3, 4, 159, 0, 30, 60, 90, 120, 159];
-        for (head, members) in layer.members.chunks_exact_mut(159).enumerate() {
-            members.sort_unstable();
-            assert_eq!((members[0], members[158]), (16, 174), "head {head}");
-        }
-        parts.meta.calibration[2].layer_kept = vec![0.125, 0.25];
-        parts
-    }
-
-    fn index(parts: &IndexParts) -> Index {
-        Index::from_bytes(to_bytes(parts).unwrap()).unwrap()
-    }
-
-    #[test]
-    fn the_text_shows_what_was_indexed() {
-        let text = render(&index(&parts()));
-        for expected in [
-            "model       Sample (llama), 3 layers\n",
-            "rope        type 2, base 10000, scale 1\n",
-            "prefix      200 tokens: 16 sinks, 159 clustered, 25 window\n",
-            "chat raw, cache f16/f16\n",
-            "sketch      layer 0, 8 elements of K and 6 of V per token, within 3.0 %\n",
-            "probes      4 rows of layer 1\n",
-            "| 20.0 % | 5.000e-4 | 20.0 % | 44.7 % |",
-            "total: 2 layers, 20 clusters, ",
-            // 200 tokens, 2 layers, 2 heads of 4 and 3 halves
-            " % of K and V of the prefix in these layers (11.2 KB in F16)",
-            "| sliding window of 512 |",
-        ] {
-            let squeezed = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
-            assert!(squeezed(&text).contains(&squeezed(expected)), "{expected:?} is not in\n{text}");
-        }
-    }
-
-    #[test]
-    fn the_layer_table_has_sizes_and_kept_shares() {
-        let text = render(&index(&parts()));
-        let cells = |line: &str| line.split('|').map(|cell| cell.trim().to_string()).collect::<Vec<_>>();
-        let head = text.lines().find(|line| line.contains("kv heads")).map(cells).unwrap();
-        let row = text.lines().skip_while(|line| !line.contains("kv heads")).nth(3).map(cells).unwrap();
-        let cell = |name: &str| row[head.iter().position(|h| h == name).unwrap()].as_str();
-        let shape = ["layer", "kv heads", "group", "dim k", "dim v", "clusters", "coarse"].map(cell);
-        assert_eq!(shape, ["1", "2", "2", "4", "3", "5", "2"]);
-        assert_eq!(["mean", "p99", "max", "kept @ 20.0 %"].map(cell), ["31.8", "155", "155", "25.0 %"]);
-        let widths: Vec<usize> =
-            text.lines().skip_while(|l| !l.contains("kv heads")).take(4).map(|l| l.len()).collect();
-        assert!(widths.iter().all(|w| *w == widths[0]), "{widths:?}");
-    }
-
-    #[test]
-    fn p99_leaves_out_one_in_a_hundred() {
-        let mut parts = sample_parts(1, 400, 1, 1, 2, 2, 100);
-        let n = parts.meta.n_clustered() as u32;
-        parts.layers[0].offsets = (0..100).map(|i| 2 * i).chain([n]).collect();
-        parts.layers[0].members.sort_unstable();
-        let layer = &report(&index(&parts)).layers[0];
-        assert_eq!((layer.size_p99, layer.size_max), (2, n - 198));
-    }
-
-    #[test]
-    fn json_has_the_same_data() {
-        let index = index(&parts());
-        let json: serde_json::Value = serde_json::from_str(&render_json(&index, None).unwrap()).unwrap();
-        assert_eq!(json["prefix"]["clustered"], 159);
-        assert_eq!(json["model"]["fingerprint"].as_str().unwrap().len(), 64);
-        assert_eq!(json["layers"][1]["size_max"], 155);
-        assert_eq!(json["layers"][1]["kept"][2]["share"], 0.25);
-        assert_eq!(json["calibration"].as_array().unwrap().len(), 4);
-        assert_eq!(json["dense_layers"][0]["reason"], "sliding window of 512");
-        let (layers, other) = (&json["total"]["layer_bytes"], &json["total"]["other_bytes"]);
-        assert_eq!(layers.as_u64().unwrap() + other.as_u64().unwrap(), index.file_bytes());
-        assert_eq!(layers.as_u64().unwrap(), index.layer_bytes(0) + index.layer_bytes(1));
-        assert_eq!(json["total"]["cache_bytes"], 200 * 2 * 2 * (4 + 3) * 2);
-        assert_eq!(json["total"]["cache_share"], index.file_bytes() as f64 / 11200.0);
-    }
-
-    #[test]
-    fn without_calibration_and_dense_layers_there_is_still_a_report() {
-        let mut parts = parts();
-        parts.meta.calibration.clear();
-        parts.meta.dense_layers.clear();
-        let text = render(&index(&parts));
-        assert!(!text.contains("kept @") && text.ends_with("dense layers\nnone\n"), "{text}");
-    }
-
-    #[test]
-    fn many_budgets_are_shown_by_the_usual_ones() {
-        let row = |budget| Calibration { budget, threshold: 0.0, kept: budget, mass: 1.0, layer_kept: vec![] };
-        let rows: Vec<Calibration> = (1..=20).map(|i| row(i as f32 / 20.0)).collect();
-        assert_eq!(shown(&rows).iter().map(|r| r.budget).collect::<Vec<_>>(), [0.05, 0.1, 0.2, 0.5]);
-        assert_eq!(shown(&rows[9..]).iter().map(|r| r.budget).collect::<Vec<_>>(), [0.5]);
-    }
-
-    #[test]
-    fn escape_sequences_are_shown_not_sent() {
-        let mut parts = parts();
-        parts.meta.model.name = "a\u{1b}[2Jb\nc".into();
-        let text = render(&index(&parts));
-        assert!(text.contains(r"a\u{1b}[2Jb\nc (llama)") && !text.contains('\u{1b}'), "{text}");
-    }
-
-    #[test]
-    fn an_error_names_the_file_and_the_cause() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("model.gguf");
-        std::fs::write(&file, "not a GGUF").unwrap();
-        let error = run(InspectArgs { file: file.clone(), json: false, verify: false, model: None }).unwrap_err();
-        let text = format!("{error:#}");
-        assert!(text.contains("model.gguf") && text.contains("not a GGUF file"), "{text}");
-        write(&file, &parts()).unwrap();
-        run(InspectArgs { file, json: true, verify: false, model: None }).unwrap();
-    }
-}
+#[path = "inspect_tests.rs"]
+mod tests;

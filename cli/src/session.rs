@@ -26,13 +26,15 @@ pub enum Attention {
 }
 
 impl Attention {
-    /// Puts it in force from the next graph on and sets the counters to zero.
-    pub fn apply(self, estimate: bool) {
+    /// Puts it in force from the next graph on and sets the counters to zero. `measure`: also the attention mass that sparse
+    /// attention misses, which takes time.
+    pub fn apply(self, estimate: bool, measure: bool) {
         backend::configure(|config: &mut Config| {
             config.disable = self == Attention::Stock;
             config.force = self == Attention::Forced;
             config.attention_free = self == Attention::Free;
             config.estimate = estimate;
+            config.measure = measure;
             if let Attention::Sparse(mode, spread, tile) = self {
                 config.mode = mode;
                 config.spread = spread;

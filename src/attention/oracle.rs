@@ -18,7 +18,7 @@ pub struct Scores {
     /// `[C]` p_i: probability per key, from `y`: mean over the group, or root mean square over the group and the rows of a
     /// tile, where a mean would lose what one row needs alone.
     pub p: Vec<f64>,
-    /// `[C]` estimated mass per key, from `x`, mean over the group and the tile.
+    /// `[C]` estimated mass per key, from `y`, mean over the group and the tile.
     pub mass: Vec<f64>,
     /// Mass of the sinks beside `mass`, likewise.
     pub sink_share: f64,
@@ -237,7 +237,7 @@ fn scores_alone(call: &Call, row: usize, head_kv: usize, opened: Option<&[u32]>,
             rest.extend(closed.map(|j| ((keys[j + 1] - keys[j]) as f64, coarse[j])));
         }
         softmax(&y, &sinks, offsets, &rest, &mut out.p, group, power);
-        out.sink_share += softmax(&x, &sinks, offsets, &rest, &mut out.mass, group, 1);
+        out.sink_share += softmax(&y, &sinks, offsets, &rest, &mut out.mass, group, 1);
         out.x.push(x);
         out.y.push(y);
     }
@@ -346,6 +346,27 @@ pub fn run_among(call: &Call, chosen: &dyn Fn(usize, usize) -> Chosen) -> Vec<f6
         }
     }
     out
+}
+
+/// Attention mass on the keys of the clusters that are not kept, as a share of that on all sinks and clustered keys: mean over
+/// the group.
+pub fn missed(call: &Call, row: usize, head_kv: usize, kept: &[u32]) -> f64 {
+    let (binding, view) = bound(call, row);
+    let (p, offsets) = (&call.problem, view.head_offsets(head_kv));
+    let of = |head: usize| {
+        let score = |cell: u32| cap(p, p.scale as f64 * dot_key(p, row, head, cell as usize));
+        let mut terms: Vec<(bool, f64)> =
+            binding.always[..binding.index.meta().n_sink as usize].iter().map(|cell| (true, score(*cell))).collect();
+        for i in 0..view.shape.n_cluster {
+            let members = offsets[i as usize]..offsets[i as usize + 1];
+            let cells = members.map(|j| binding.cells[view.member(head_kv, j as usize) as usize]);
+            terms.extend(cells.map(|cell| (kept.contains(&i), score(cell))));
+        }
+        let max = terms.iter().fold(f64::NEG_INFINITY, |m, t| m.max(t.1));
+        let sum = |of: &dyn Fn(bool) -> bool| terms.iter().filter(|t| of(t.0)).map(|t| (t.1 - max).exp()).sum::<f64>();
+        sum(&|kept| !kept) / sum(&|_| true)
+    };
+    (head_kv * p.n_group()..(head_kv + 1) * p.n_group()).map(of).sum::<f64>() / p.n_group() as f64
 }
 
 /// One row of one head: exact softmax over its visible cells, the estimate of dropped clusters, ggml's sink.

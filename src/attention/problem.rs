@@ -126,7 +126,8 @@ pub enum Mode {
     /// Every cluster whose group-mean probability per key is at least `threshold`, and the best ones until `floor` of the
     /// `P - W` keys (sinks counted) is kept.
     Threshold { threshold: f32, floor: f32 },
-    /// Until the estimated share of the prefix's mass (sinks counted) reaches this.
+    /// Until the estimated share of the prefix's mass (sinks counted, by the selection scores) reaches this. An index maps true
+    /// shares to such estimates.
     Mass(f32),
 }
 

@@ -150,6 +150,7 @@ impl Rewrite {
                 if !forced {
                     let kept = plan.kept();
                     s.add_kept(kept.share_sum, kept.count);
+                    s.add_missed(kept.missed_sum, kept.missed_count);
                 }
             }
         });
@@ -346,6 +347,7 @@ impl Instance {
         let (rows_of_call, tiles, bindings) = (rows.clone(), tiles.clone(), bindings.clone());
         let call = Call { problem, layer, rows: rows_of_call, tiles, bindings, selection, rotation };
         let plan = Plan::new(call, self.n_threads, &mut self.memory).map_err(|_| Reason::Kernel)?;
+        let plan = if snapshot.config.measure { plan.measured() } else { plan };
         rewrite.push_plan(node.raw(), plan, false);
         count(|s| {
             s.nodes_sparse += 1;

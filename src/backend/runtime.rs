@@ -49,10 +49,32 @@ fn threshold(meta: &IndexMeta, share: f32) -> f32 {
     (lo.threshold.ln() * (1.0 - t) + hi.threshold.ln() * t).exp()
 }
 
+/// The estimated mass to stop at for a true one: the nearest calibrated ones, interpolated in the logarithm of what is missed.
+/// Beyond the table that keeps its ratio to the last one.
+fn mass_target(meta: &IndexMeta, mass: f32) -> f32 {
+    let missed = |share: f32| -(1.0 - share.min(1.0 - f32::EPSILON)).ln();
+    let table = &meta.mass_targets;
+    let Some(last) = table.last() else { return mass };
+    if mass >= 1.0 {
+        return 1.0;
+    }
+    let above = table.iter().position(|row| row.mass >= mass);
+    let at = |i: usize| (missed(table[i].mass), missed(table[i].target));
+    let x = missed(mass);
+    let y = match above {
+        None => missed(last.target) + x - missed(last.mass),
+        Some(i) => {
+            let ((x0, y0), (x1, y1)) = (if i > 0 { at(i - 1) } else { (0.0, 0.0) }, at(i));
+            y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+        }
+    };
+    1.0 - (-y).exp()
+}
+
 fn selection(config: &Config, meta: &IndexMeta) -> Selection {
     let mode = match config.mode {
         ModeSetting::Budget(b) => Mode::Budget(b),
-        ModeSetting::Mass(m) => Mode::Mass(m),
+        ModeSetting::Mass(m) => Mode::Mass(mass_target(meta, m)),
         ModeSetting::Threshold(b) => {
             Mode::Threshold { threshold: threshold(meta, b), floor: THRESHOLD_FLOOR.min(b / 2.0) }
         }
@@ -117,4 +139,35 @@ pub fn reset_stats() {
 
 pub fn count(change: impl FnOnce(&mut Stats)) {
     change(&mut runtime().stats.lock().unwrap_or_else(|e| e.into_inner()));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::index::sample::sample_parts;
+    use crate::index::MassTarget;
+
+    #[test]
+    fn a_mass_between_calibrated_ones_is_interpolated_in_what_is_missed() {
+        let mut meta = sample_parts(1, 200, 1, 1, 4, 4, 3).meta;
+        let row = |mass, target| MassTarget { mass, target, kept: 0.1 };
+        meta.mass_targets = vec![row(0.9, 0.8), row(0.99, 0.95)];
+        let close = |mass: f32, target: f32| {
+            let found = mass_target(&meta, mass);
+            assert!((found - target).abs() < 1e-5, "{mass}: {found}, not {target}");
+        };
+        close(0.9, 0.8);
+        close(0.99, 0.95);
+        // Missed: 0.1 and 0.01, with 0.2 and 0.05 by the estimate.
+        close(1.0 - 0.1f32.powf(1.5), 1.0 - (0.2f32 * 0.05).sqrt());
+        // Below: from nothing missed by neither; above: five times the true one.
+        close(1.0 - 0.1f32.sqrt(), 1.0 - 0.2f32.sqrt());
+        close(0.999, 0.995);
+        assert_eq!(mass_target(&meta, 1.0), 1.0);
+        meta.mass_targets = vec![row(0.5, 0.0), row(0.9, 1.0)];
+        assert_eq!(mass_target(&meta, 0.5), 0.0);
+        assert!(mass_target(&meta, 0.95) > 0.999_99);
+        meta.mass_targets.clear();
+        assert_eq!(mass_target(&meta, 0.7), 0.7);
+    }
 }

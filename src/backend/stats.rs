@@ -58,11 +58,15 @@ pub struct Stats {
     pub rows_sparse: u64,
     /// Mean over sparse rows and KV heads of the kept share of the prefix keys; 0 before the first.
     pub kept_share: f64,
+    /// Mean over sparse rows and KV heads of the share of the prefix's attention mass on keys not kept; None unless measured.
+    pub missed_share: Option<f64>,
     /// Times an index was bound to cells, and times a binding was dropped.
     pub bound: u64,
     pub unbound: u64,
     pub(crate) kept_sum: f64,
     pub(crate) kept_count: u64,
+    pub(crate) missed_sum: f64,
+    pub(crate) missed_count: u64,
 }
 
 impl Stats {
@@ -72,6 +76,12 @@ impl Stats {
         if self.kept_count > 0 {
             self.kept_share = self.kept_sum / self.kept_count as f64;
         }
+    }
+
+    pub(crate) fn add_missed(&mut self, share_sum: f64, count: u64) {
+        self.missed_sum += share_sum;
+        self.missed_count += count;
+        self.missed_share = (self.missed_count > 0).then(|| self.missed_sum / self.missed_count as f64);
     }
 
     pub(crate) fn dense(&mut self, reason: Reason) {

@@ -1,174 +1,121 @@
-//! Scores of the clusters for the window's queries, and the global thresholds that follow from them: one
-//! threshold for all layers and heads, with a floor per KV head.
+//! Tables of an index, from its window's queries: thresholds, one for all layers and heads with a floor per KV head, and
+//! targets of mass mode, likewise one for all. What they keep is counted in true attention mass.
 
-use half::f16;
 use rayon::prelude::*;
 
-use super::matmul::dot_rows;
-use crate::config::{SPREAD_ALPHA, THRESHOLD_FLOOR};
-use crate::index::{Calibration, LayerView};
+use super::window::LayerScores;
+use crate::config::THRESHOLD_FLOOR;
+use crate::index::{Calibration, HeadShares, MassTarget};
 
 /// Nominal shares of the prefix keys that an index is calibrated for.
 pub const BUDGETS: [f32; 8] = [0.05, 0.1, 0.15, 0.2, 0.25, 0.33, 0.4, 0.5];
 
-/// Query tokens scored at a time: bounds the scratch memory.
-const QUERIES: usize = 8;
+/// Shares of the attention mass that mass mode is calibrated for.
+pub const MASSES: [f32; 11] = [0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99];
 
-/// What the window's queries think of one layer's clusters.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LayerScores {
-    pub layer: u32,
-    pub n_head_kv: u32,
-    /// C.
-    pub n_cluster: u32,
-    /// W.
-    pub n_query: u32,
-    /// S.
-    pub n_sink: u32,
-    /// N, clustered keys per KV head.
-    pub n_clustered: u32,
-    /// `[n_head_kv][C]`: keys per cluster.
-    pub sizes: Vec<u32>,
-    /// `[n_head_kv][W][C]`: mean over the group of the probability per key, with the spread bonus (`diag`).
-    pub scores: Vec<f32>,
-    /// `[n_head_kv][W]`: estimated share of the prefix's mass in the sinks, without the bonus.
-    pub sink_mass: Vec<f32>,
-    /// `[n_head_kv][W][C]`: estimated share of the prefix's mass in each cluster, without the bonus.
-    pub mass: Vec<f16>,
+/// Targets that are tried for them: `1 - exp(-STEP i)`.
+const STEP: f64 = 0.05;
+const N_TARGET: usize = 281;
+
+/// What calibration gives an index.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Tables {
+    /// One row per budget, in the order asked for.
+    pub budgets: Vec<Calibration>,
+    /// One row per mass of `MASSES`.
+    pub masses: Vec<MassTarget>,
 }
 
-impl LayerScores {
-    fn clusters(&self, head: usize, query: usize) -> std::ops::Range<usize> {
-        let (c, w) = (self.n_cluster as usize, self.n_query as usize);
-        (head * w + query) * c..(head * w + query + 1) * c
-    }
-
-    fn head_sizes(&self, head: usize) -> &[u32] {
-        let c = self.n_cluster as usize;
-        &self.sizes[head * c..(head + 1) * c]
-    }
-
-    /// P - W.
-    fn n_key(&self) -> f64 {
-        (self.n_sink + self.n_clustered) as f64
-    }
-}
-
-/// One KV head of `LayerScores`.
-struct HeadScores {
-    scores: Vec<f32>,
-    sink_mass: Vec<f32>,
-    mass: Vec<f16>,
-}
-
-/// Scores every cluster of a layer for every window query.
-///
-/// `sink_keys` is `[S][n_head_kv][head_dim_k]`, `q` is `[W][n_head][head_dim_k]`.
-pub fn window_scores(view: &LayerView, sink_keys: &[f16], q: &[f32]) -> LayerScores {
-    let shape = view.shape;
-    let (n_head_kv, dim) = (shape.n_head_kv as usize, shape.head_dim_k as usize);
-    let n_query = q.len() / (n_head_kv * shape.n_group as usize * dim);
-    let heads: Vec<HeadScores> =
-        (0..n_head_kv).into_par_iter().map(|h| head_scores(view, h, sink_keys, q, n_query)).collect();
-    let mut layer = LayerScores {
-        layer: shape.layer,
-        n_head_kv: shape.n_head_kv,
-        n_cluster: shape.n_cluster,
-        n_query: n_query as u32,
-        n_sink: (sink_keys.len() / (n_head_kv * dim)) as u32,
-        n_clustered: view.n_clustered() as u32,
-        sizes: (0..n_head_kv).flat_map(|h| view.head_offsets(h).windows(2).map(|w| w[1] - w[0])).collect(),
-        scores: Vec::new(),
-        sink_mass: Vec::new(),
-        mass: Vec::new(),
-    };
-    for head in heads {
-        layer.scores.extend(head.scores);
-        layer.sink_mass.extend(head.sink_mass);
-        layer.mass.extend(head.mass);
-    }
-    layer
-}
-
-fn head_scores(view: &LayerView, h: usize, sink_keys: &[f16], q: &[f32], n_query: usize) -> HeadScores {
-    let shape = view.shape;
-    let (n_head_kv, n_group) = (shape.n_head_kv as usize, shape.n_group as usize);
-    let (dim, c) = (shape.head_dim_k as usize, shape.n_cluster as usize);
-    let n_sink = sink_keys.len() / (n_head_kv * dim);
-    let (scale, alpha) = (shape.scale, SPREAD_ALPHA * shape.scale);
-
-    let centroids: Vec<f32> = view.centroids[h * c * dim..(h + 1) * c * dim].iter().map(|x| x.to_f32()).collect();
-    let variances: Vec<f32> = (h * c..(h + 1) * c)
-        .flat_map(|i| view.variances[i * dim..(i + 1) * dim].iter().map(move |&u| (i, u)))
-        .map(|(i, u)| u as f32 * view.variance_scales[i])
-        .collect();
-    let sinks: Vec<f32> =
-        (0..n_sink).flat_map(|s| &sink_keys[(s * n_head_kv + h) * dim..][..dim]).map(|x| x.to_f32()).collect();
-    let sizes: Vec<f32> = view.head_offsets(h).windows(2).map(|w| (w[1] - w[0]) as f32).collect();
-
-    let mut head = HeadScores {
-        scores: vec![0.0; n_query * c],
-        sink_mass: vec![0.0; n_query],
-        mass: Vec::with_capacity(n_query * c),
-    };
-    let queries: Vec<usize> = (0..n_query).collect();
-    for block in queries.chunks(QUERIES) {
-        let rows: Vec<f32> =
-            block.iter().flat_map(|&w| &q[(w * n_head_kv + h) * n_group * dim..][..n_group * dim]).copied().collect();
-        let squares: Vec<f32> = rows.iter().map(|x| x * x).collect();
-        let n_row = block.len() * n_group;
-        let (mut plain, mut wide, mut exact) = (vec![0.0; n_row * c], vec![0.0; n_row * c], vec![0.0; n_row * n_sink]);
-        dot_rows(&rows, &centroids, dim, &mut plain);
-        dot_rows(&squares, &variances, dim, &mut wide);
-        dot_rows(&rows, &sinks, dim, &mut exact);
-        exact.iter_mut().for_each(|x| *x *= scale);
-        for (wide, plain) in wide.iter_mut().zip(&mut plain) {
-            *plain *= scale;
-            *wide = *plain + alpha * wide.max(0.0).sqrt();
-        }
-        for (b, &w) in block.iter().enumerate() {
-            let mut mass = vec![0.0f32; c];
-            for r in b * n_group..(b + 1) * n_group {
-                let exact = &exact[r * n_sink..(r + 1) * n_sink];
-                let scores = &mut head.scores[w * c..(w + 1) * c];
-                add_probabilities(exact, &wide[r * c..(r + 1) * c], &sizes, n_group, scores);
-                head.sink_mass[w] += add_probabilities(exact, &plain[r * c..(r + 1) * c], &sizes, n_group, &mut mass);
-            }
-            head.mass.extend(mass.iter().zip(&sizes).map(|(p, n)| f16::from_f32(p * n)));
-        }
-    }
-    head
-}
-
-/// Adds to `p` a group's share of the probability per key of every cluster, and returns that of all sinks together.
-fn add_probabilities(sinks: &[f32], logits: &[f32], sizes: &[f32], n_group: usize, p: &mut [f32]) -> f32 {
-    let max = sinks.iter().chain(logits).copied().fold(f32::NEG_INFINITY, f32::max);
-    let sink_sum: f64 = sinks.iter().map(|x| (x - max).exp() as f64).sum();
-    let exps: Vec<f32> = logits.iter().map(|x| (x - max).exp()).collect();
-    let sum: f64 = sink_sum + exps.iter().zip(sizes).map(|(e, n)| (e * n) as f64).sum::<f64>();
-    let factor = 1.0 / (sum * n_group as f64);
-    p.iter_mut().zip(&exps).for_each(|(p, e)| *p += (*e as f64 * factor) as f32);
-    (sink_sum * factor) as f32
-}
-
-/// One global threshold per budget, in the order of `budgets`; none if `scores` is empty.
+/// One global threshold per budget and one global target per mass; no rows if `scores` is empty.
 ///
 /// T is taken from the scores averaged over the window's queries: the cut that brings the kept share of the `P - W` keys
 /// (sinks counted) nearest to the budget, over all layers and heads. (Cut from single queries' scores, more than
-/// the budget is kept later.) What is reported as kept and as mass is measured query by query, with the floor of
-/// `THRESHOLD_FLOOR` per KV head. Layers must share P, S and W.
-pub fn calibrate(scores: &[LayerScores], budgets: &[f32]) -> Vec<Calibration> {
+/// the budget is kept later.) What is reported as kept and as mass is measured query by query, with the floor. A target is
+/// where estimating stops with the true mass as asked for, on average over queries, heads and layers. Layers must
+/// share P, S and W.
+pub fn calibrate(scores: &[LayerScores], budgets: &[f32]) -> Tables {
     if scores.is_empty() {
-        return Vec::new();
+        return Tables::default();
     }
     let mean = mean_scores(scores);
-    let row = |&budget: &f32| {
+    let heads: Vec<(&LayerScores, usize)> =
+        scores.iter().flat_map(|layer| (0..layer.n_head_kv as usize).map(move |h| (layer, h))).collect();
+    let walks: Vec<Walk> = heads.par_iter().map(|(layer, h)| walk(layer, *h, budgets)).collect();
+    let row = |(b, &budget): (usize, &f32)| {
         let threshold = threshold(scores, &mean, budget);
-        let (layer_kept, layer_mass): (Vec<f32>, Vec<f32>) = scores.iter().map(|l| measure(l, threshold)).unzip();
-        let average = |x: &[f32]| x.iter().sum::<f32>() / x.len() as f32;
-        Calibration { budget, threshold, kept: average(&layer_kept), mass: average(&layer_mass), layer_kept }
+        let floor = THRESHOLD_FLOOR.min(budget / 2.0);
+        let measured = heads.par_iter().map(|(layer, h)| measure(layer, *h, threshold, floor));
+        let measured: Vec<(f32, f32)> = measured.collect();
+        let shares = measured.iter().zip(&walks).map(|((kept, mass), walk)| HeadShares {
+            kept: *kept,
+            mass: *mass,
+            budget_mass: walk.budget_mass[b] as f32,
+        });
+        let average = |x: fn(&(f32, f32)) -> f32| measured.iter().map(x).sum::<f32>() / measured.len() as f32;
+        let (kept, mass) = (average(|m| m.0), average(|m| m.1));
+        Calibration { budget, threshold, kept, mass, heads: shares.collect() }
     };
-    budgets.iter().map(row).collect()
+    Tables { budgets: budgets.iter().enumerate().map(row).collect(), masses: targets(&walks) }
+}
+
+/// What one KV head keeps as clusters are added best first, mean over the window's queries.
+struct Walk {
+    /// True mass when each budget is reached.
+    budget_mass: Vec<f64>,
+    /// True mass and share of the keys when the estimated mass reaches each target.
+    mass: Vec<f64>,
+    kept: Vec<f64>,
+}
+
+fn target(i: usize) -> f64 {
+    1.0 - (-STEP * i as f64).exp()
+}
+
+fn walk(layer: &LayerScores, h: usize, budgets: &[f32]) -> Walk {
+    let (n_key, sizes, n_query) = (layer.n_key(), layer.head_sizes(h), layer.n_query as usize);
+    let wanted: Vec<f64> = budgets.iter().map(|b| (*b as f64 * n_key).round()).collect();
+    let mut out = Walk { budget_mass: vec![0.0; budgets.len()], mass: vec![0.0; N_TARGET], kept: vec![0.0; N_TARGET] };
+    for w in 0..n_query {
+        let (scores, masses) = (&layer.scores[layer.clusters(h, w)], &layer.mass[layer.clusters(h, w)]);
+        let mut order: Vec<u32> = (0..scores.len() as u32).collect();
+        order.sort_unstable_by(|a, b| scores[*b as usize].total_cmp(&scores[*a as usize]).then(a.cmp(b)));
+        let mut estimate = layer.sink_share[h * n_query + w] as f64;
+        let (mut keys, mut mass) = (layer.n_sink as f64, layer.sink_mass[h * n_query + w] as f64);
+        let (mut order, mut b, mut t) = (order.into_iter(), 0, 0);
+        loop {
+            let next = order.next();
+            while b < wanted.len() && (keys >= wanted[b] || next.is_none()) {
+                out.budget_mass[b] += mass / n_query as f64;
+                b += 1;
+            }
+            while t < N_TARGET && (estimate >= target(t) || next.is_none()) {
+                out.mass[t] += mass / n_query as f64;
+                out.kept[t] += keys / n_key / n_query as f64;
+                t += 1;
+            }
+            let Some(i) = next.map(|i| i as usize) else { break };
+            estimate += scores[i] as f64 * sizes[i] as f64;
+            keys += sizes[i] as f64;
+            mass += masses[i].to_f64();
+        }
+    }
+    out
+}
+
+/// The target of each of `MASSES`: interpolated in the logarithm of what is missed.
+fn targets(walks: &[Walk]) -> Vec<MassTarget> {
+    let mean = |of: fn(&Walk) -> &[f64], i: usize| walks.iter().map(|w| of(w)[i]).sum::<f64>() / walks.len() as f64;
+    let mass: Vec<f64> = (0..N_TARGET).map(|i| mean(|w| &w.mass, i)).collect();
+    let row = |&wanted: &f32| {
+        let i = mass.partition_point(|m| *m < wanted as f64).min(N_TARGET - 1);
+        let before = i.saturating_sub(1);
+        let rise = mass[i] - mass[before];
+        let part = if rise > 0.0 { ((wanted as f64 - mass[before]) / rise).clamp(0.0, 1.0) } else { 0.0 };
+        let kept = mean(|w| &w.kept, before) * (1.0 - part) + mean(|w| &w.kept, i) * part;
+        let target = 1.0 - (-STEP * (before as f64 + part * (i - before) as f64)).exp();
+        MassTarget { mass: wanted, target: target as f32, kept: kept as f32 }
+    };
+    MASSES.iter().map(row).collect()
 }
 
 /// Mean score over the window's queries and size of every cluster of every layer and head, best first.
@@ -207,41 +154,38 @@ fn threshold(scores: &[LayerScores], mean: &[(f32, u32)], budget: f32) -> f32 {
     best.max(f32::MIN_POSITIVE)
 }
 
-/// Kept share of the `P - W` keys and kept share of the estimated mass in one layer: mean over its heads and queries.
-fn measure(layer: &LayerScores, threshold: f32) -> (f32, f32) {
-    let n_key = layer.n_key();
-    let floor = (THRESHOLD_FLOOR * n_key as f32) as f64;
+/// Kept share of the `P - W` keys and of the true mass in one KV head: mean over its queries.
+fn measure(layer: &LayerScores, h: usize, threshold: f32, floor: f32) -> (f32, f32) {
+    let (n_key, sizes, n_query) = (layer.n_key(), layer.head_sizes(h), layer.n_query as usize);
+    let floor = (floor as f64 * n_key).round();
     let (mut kept_sum, mut mass_sum) = (0.0, 0.0);
-    for h in 0..layer.n_head_kv as usize {
-        let sizes = layer.head_sizes(h);
-        for w in 0..layer.n_query as usize {
-            let (scores, mass) = (&layer.scores[layer.clusters(h, w)], &layer.mass[layer.clusters(h, w)]);
-            let mut kept = layer.n_sink as f64;
-            let mut kept_mass = layer.sink_mass[h * layer.n_query as usize + w] as f64;
-            let mut dropped = Vec::new();
-            for i in 0..scores.len() {
-                if scores[i] >= threshold {
-                    kept += sizes[i] as f64;
-                    kept_mass += mass[i].to_f64();
-                } else {
-                    dropped.push(i);
-                }
+    for w in 0..n_query {
+        let (scores, mass) = (&layer.scores[layer.clusters(h, w)], &layer.mass[layer.clusters(h, w)]);
+        let mut kept = layer.n_sink as f64;
+        let mut kept_mass = layer.sink_mass[h * n_query + w] as f64;
+        let mut dropped = Vec::new();
+        for i in 0..scores.len() {
+            if scores[i] >= threshold {
+                kept += sizes[i] as f64;
+                kept_mass += mass[i].to_f64();
+            } else {
+                dropped.push(i);
             }
-            if kept < floor {
-                dropped.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
-                for i in dropped {
-                    if kept >= floor {
-                        break;
-                    }
-                    kept += sizes[i] as f64;
-                    kept_mass += mass[i].to_f64();
-                }
-            }
-            kept_sum += kept / n_key;
-            mass_sum += kept_mass;
         }
+        if kept < floor {
+            dropped.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+            for i in dropped {
+                if kept >= floor {
+                    break;
+                }
+                kept += sizes[i] as f64;
+                kept_mass += mass[i].to_f64();
+            }
+        }
+        kept_sum += kept / n_key;
+        mass_sum += kept_mass;
     }
-    let n = (layer.n_head_kv * layer.n_query) as f64;
+    let n = n_query as f64;
     ((kept_sum / n) as f32, (mass_sum / n) as f32)
 }
 

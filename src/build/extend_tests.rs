@@ -114,7 +114,8 @@ fn file(layers: Vec<BuiltLayer>, sketch: SketchParts, capture: &LayerCapture, se
     let (layers, scores): (Vec<_>, Vec<LayerScores>) = layers.into_iter().map(|l| (l.parts, l.scores)).unzip();
     parts.layers = layers;
     parts.meta.dense_layers.clear();
-    parts.meta.calibration = super::super::calibrate(&scores, &super::super::BUDGETS);
+    let tables = super::super::calibrate(&scores, &super::super::BUDGETS);
+    (parts.meta.calibration, parts.meta.mass_targets) = (tables.budgets, tables.masses);
     parts.sketch = sketch;
     parts.probes = vec![probe(capture, &probe_tokens(n, settings))];
     parts

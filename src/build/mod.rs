@@ -2,7 +2,7 @@
 //! arrays; knows nothing of models, files or ggml.
 //!
 //! Per layer [`index_layer`] makes the clusters and the scores that the window's queries give them; once all layers are
-//! done [`calibrate`] finds the global thresholds. [`sketch`] and [`probe`] keep what binding needs.
+//! done [`calibrate`] finds the global thresholds and targets. [`sketch`] and [`probe`] keep what binding needs.
 
 mod calibrate;
 mod error;
@@ -15,17 +15,19 @@ mod sketch;
 mod summary;
 mod synthetic;
 mod topdown;
+mod window;
 
 use std::sync::{Mutex, PoisonError};
 
 use half::f16;
 use rayon::prelude::*;
 
-pub use calibrate::{calibrate, window_scores, LayerScores, BUDGETS};
+pub use calibrate::{calibrate, Tables, BUDGETS, MASSES};
 pub use error::BuildError;
 pub use extend::{check_extension, extend_layer, extend_sketch};
 pub use sketch::{cache_blocks, probe, probe_tokens, sketch, sketch_margin, SketchMargin};
 pub use synthetic::synthetic_layer;
+pub use window::{window_scores, LayerScores};
 
 use crate::index::{LayerParts, LayerShape};
 use crate::random::split_mix;
@@ -35,7 +37,7 @@ use topdown::Plan;
 /// Number of what this code makes of a capture: part of the key under which an index is cached. Raise it with every change
 /// that gives other bytes for the same text and model, one in the program that captures included; the hash that
 /// `tests::the_bytes_of_this_version` pins tells when.
-pub const BUILD_VERSION: u32 = 2;
+pub const BUILD_VERSION: u32 = 3;
 
 /// How to build.
 #[derive(Clone, Debug, PartialEq)]
@@ -217,8 +219,7 @@ fn index_layer_here(
 fn join(capture: &LayerCapture, settings: &Settings, plan: &Plan, heads: Vec<(HeadParts, u64)>) -> BuiltLayer {
     let products = heads.iter().map(|(_, products)| products).sum();
     let parts = join_heads(capture, plan, heads.into_iter().map(|(head, _)| head));
-    let sinks = &capture.k[..settings.n_sink as usize * capture.row_k()];
-    let scores = window_scores(&parts.view(), sinks, &capture.q);
+    let scores = window_scores(&parts.view(), &capture.k, settings.n_sink as usize, &capture.q);
     BuiltLayer { parts, scores, products }
 }
 

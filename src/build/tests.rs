@@ -215,7 +215,7 @@ fn unusable_settings_are_refused() {
 
 /// Every part of an index that this code makes, of a capture made up here, as a file without calibration: one
 /// layer clustered in one level, one top down.
-fn made_up_index() -> (Vec<u8>, Vec<crate::index::Calibration>) {
+fn made_up_index() -> (Vec<u8>, Tables) {
     let (n_prefix, n_head_kv, n_group, dim) = (120, 2, 2, 64);
     let mut parts = crate::index::sample::sample_parts(1, n_prefix, 1, 2, dim, dim, 4);
     let settings = settings(parts.meta.n_sink, parts.meta.n_window);
@@ -240,6 +240,7 @@ fn made_up_index() -> (Vec<u8>, Vec<crate::index::Calibration>) {
     parts.layers = layers;
     parts.meta.dense_layers.clear();
     parts.meta.calibration.clear();
+    parts.meta.mass_targets.clear();
     parts.sketch = sketch(&capture(0)).unwrap();
     parts.probes = vec![probe(&capture(1), &probe_tokens(n_prefix, &settings))];
     (crate::index::to_bytes(&parts).unwrap(), calibrate(&scores, &BUDGETS))
@@ -251,15 +252,17 @@ fn made_up_index() -> (Vec<u8>, Vec<crate::index::Calibration>) {
 #[test]
 fn the_bytes_of_this_version() {
     use sha2::{Digest, Sha256};
-    const PINNED: &str = "0a4445b00cb0e63188bb12ee7a64522a9da16ee0fd36239d4eb2f19e2647a9a6";
-    let (bytes, calibration) = made_up_index();
+    const PINNED: &str = "c8f693f9b5b0e4f528a11e32cb00cb1772fe5329b3dd8ad2e0cb392141277ca8";
+    let (bytes, tables) = made_up_index();
     let hash: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
-    let row = calibration.iter().find(|row| row.budget == 0.2).unwrap();
+    let row = tables.budgets.iter().find(|row| row.budget == 0.2).unwrap();
+    let target = tables.masses.iter().find(|row| row.mass == 0.9).unwrap();
     let version = (crate::index::FORMAT_VERSION, BUILD_VERSION, hash.as_str());
     let close = |a: f32, b: f32| (a / b - 1.0).abs() < 1e-3;
-    assert_eq!(version, (3, 2, PINNED), "threshold {} kept {} mass {}", row.threshold, row.kept, row.mass);
+    assert_eq!(version, (4, 3, PINNED), "{row:?} {target:?}");
     assert!(
-        close(row.threshold, 0.0119180735) && close(row.kept, 0.37714285) && close(row.mass, 0.48265642),
+        close(row.threshold, 0.0119180735) && close(row.kept, 0.37714285) && close(row.mass, 0.44004735),
         "{row:?}"
     );
+    assert!(close(target.target, 0.8266282) && close(target.kept, 0.86328256), "{target:?}");
 }

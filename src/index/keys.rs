@@ -67,8 +67,13 @@ pub(super) fn put(out: &mut Writer, header: &Header) {
     out.array("squeeze.calibration.threshold", F32, &column(|c| c.threshold));
     out.array("squeeze.calibration.kept", F32, &column(|c| c.kept));
     out.array("squeeze.calibration.mass", F32, &column(|c| c.mass));
-    let layer_kept: Vec<f32> = rows.iter().flat_map(|c| c.layer_kept.iter().copied()).collect();
-    out.array("squeeze.calibration.layer_kept", F32, &layer_kept);
+    for (key, get) in HEAD_KEYS {
+        let column: Vec<f32> = rows.iter().flat_map(|c| &c.heads).map(|head| *get(&mut head.clone())).collect();
+        out.array(key, F32, &column);
+    }
+    for (key, get) in MASS_KEYS {
+        out.array(key, F32, &meta.mass_targets.iter().map(|row| *get(&mut row.clone())).collect::<Vec<_>>());
+    }
 
     out.array("squeeze.dense.layer", U32, &meta.dense_layers.iter().map(|(layer, _)| *layer).collect::<Vec<_>>());
     out.str_array("squeeze.dense.reason", meta.dense_layers.iter().map(|(_, reason)| reason.as_str()));
@@ -91,7 +96,18 @@ pub(super) fn put(out: &mut Writer, header: &Header) {
 }
 
 /// A column of a table: its key, and an accessor that serves writing and reading.
-type Column<T> = (&'static str, fn(&mut T) -> &mut u32);
+type Column<T, V = u32> = (&'static str, fn(&mut T) -> &mut V);
+
+const HEAD_KEYS: [Column<HeadShares, f32>; 3] = [
+    ("squeeze.calibration.head_kept", |head| &mut head.kept),
+    ("squeeze.calibration.head_mass", |head| &mut head.mass),
+    ("squeeze.calibration.head_budget_mass", |head| &mut head.budget_mass),
+];
+const MASS_KEYS: [Column<MassTarget, f32>; 3] = [
+    ("squeeze.mass.share", |row| &mut row.mass),
+    ("squeeze.mass.target", |row| &mut row.target),
+    ("squeeze.mass.kept", |row| &mut row.kept),
+];
 
 const SHAPE_KEYS: [Column<LayerShape>; 7] = [
     ("squeeze.layer.number", |shape| &mut shape.layer),
@@ -176,31 +192,32 @@ pub(super) fn get(bytes: &[u8], n_kv: u64) -> Result<Header, IndexError> {
         builder: keys.str("squeeze.build.builder")?.to_string(),
     };
     let columns = Columns::get(&mut keys)?;
+    let mass_targets = keys.table(&MASS_KEYS, F32, MassTarget { mass: 0.0, target: 0.0, kept: 0.0 }, MAX_ROWS)?;
     let dense_layers = keys.dense_layers()?;
     let shapes = keys.shapes()?;
-    let calibration = columns.rows(shapes.len())?;
+    let calibration = columns.rows(shapes.iter().map(|shape| shape.n_head_kv as usize).sum())?;
     let meta =
-        IndexMeta { model, rope, n_layer, tokens, n_sink, n_window, build, calibration, dense_layers, synthetic };
+        IndexMeta { model, rope, n_layer, tokens, n_sink, n_window, build, calibration, mass_targets, dense_layers, synthetic };
 
     let mut sketch = EMPTY_SKETCH;
     for (key, get) in SKETCH_KEYS {
         *get(&mut sketch) = keys.u32(key)?;
     }
     sketch.tolerance = keys.f32(TOLERANCE_KEY)?;
-    let probes = keys.table(&PROBE_KEYS, EMPTY_PROBE)?;
+    let probes = keys.table(&PROBE_KEYS, U32, EMPTY_PROBE, MAX_ROWS)?;
     keys.next(CHECKSUMS_KEY, ARRAY)?;
     keys.next(SEAL_KEY, U64)?;
     ensure!(keys.left == 0, "there are {} unknown keys after {SEAL_KEY:?}", keys.left);
     Ok(Header { meta, shapes, sketch, probes })
 }
 
-/// Columns of the calibration table, before the number of layers is known.
+/// Columns of the calibration table, before the number of heads is known.
 struct Columns {
     budget: Vec<f32>,
     threshold: Vec<f32>,
     kept: Vec<f32>,
     mass: Vec<f32>,
-    layer_kept: Vec<f32>,
+    heads: Vec<HeadShares>,
 }
 
 impl Columns {
@@ -210,15 +227,14 @@ impl Columns {
             threshold: keys.words("squeeze.calibration.threshold", F32, MAX_ROWS)?,
             kept: keys.words("squeeze.calibration.kept", F32, MAX_ROWS)?,
             mass: keys.words("squeeze.calibration.mass", F32, MAX_ROWS)?,
-            layer_kept: keys.words("squeeze.calibration.layer_kept", F32, MAX_ROWS * MAX_ROWS)?,
+            heads: keys.table(&HEAD_KEYS, F32, HeadShares::default(), MAX_ROWS * MAX_ROWS)?,
         })
     }
 
-    fn rows(self, n_layer: usize) -> Result<Vec<Calibration>, IndexError> {
+    fn rows(self, n_head: usize) -> Result<Vec<Calibration>, IndexError> {
         let n = self.budget.len();
         ensure!(
-            [&self.threshold, &self.kept, &self.mass].iter().all(|c| c.len() == n)
-                && self.layer_kept.len() == n * n_layer,
+            [&self.threshold, &self.kept, &self.mass].iter().all(|c| c.len() == n) && self.heads.len() == n * n_head,
             "the columns of squeeze.calibration.* differ in length"
         );
         let row = |i: usize| Calibration {
@@ -226,7 +242,7 @@ impl Columns {
             threshold: self.threshold[i],
             kept: self.kept[i],
             mass: self.mass[i],
-            layer_kept: self.layer_kept[i * n_layer..(i + 1) * n_layer].to_vec(),
+            heads: self.heads[i * n_head..(i + 1) * n_head].to_vec(),
         };
         Ok((0..n).map(row).collect())
     }
@@ -294,10 +310,16 @@ impl<'a> Keys<'a> {
     }
 
     /// A table stored by columns.
-    fn table<T: Clone>(&mut self, columns: &[Column<T>], empty: T) -> Result<Vec<T>, IndexError> {
+    fn table<T: Clone, V: bytemuck::Pod>(
+        &mut self,
+        columns: &[Column<T, V>],
+        item: u32,
+        empty: T,
+        max: usize,
+    ) -> Result<Vec<T>, IndexError> {
         let mut rows: Option<Vec<T>> = None;
         for (key, get) in columns {
-            let values: Vec<u32> = self.words(key, U32, MAX_ROWS)?;
+            let values: Vec<V> = self.words(key, item, max)?;
             let rows = rows.get_or_insert_with(|| vec![empty.clone(); values.len()]);
             ensure!(values.len() == rows.len(), "the array {key:?} has {} rows, not {}", values.len(), rows.len());
             rows.iter_mut().zip(values).for_each(|(row, value)| *get(row) = value);
@@ -306,7 +328,7 @@ impl<'a> Keys<'a> {
     }
 
     fn shapes(&mut self) -> Result<Vec<LayerShape>, IndexError> {
-        let mut shapes = self.table(&SHAPE_KEYS, EMPTY_SHAPE)?;
+        let mut shapes = self.table(&SHAPE_KEYS, U32, EMPTY_SHAPE, MAX_ROWS)?;
         let scales: Vec<f32> = self.words(SCALE_KEY, F32, MAX_ROWS)?;
         ensure!(scales.len() == shapes.len(), "the array {SCALE_KEY:?} has {} rows", scales.len());
         shapes.iter_mut().zip(scales).for_each(|(shape, scale)| shape.scale = scale);

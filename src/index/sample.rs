@@ -70,12 +70,16 @@ pub fn sample_parts(
 
     let mut fingerprint = [0; 32];
     fingerprint.fill_with(|| random.next() as u8);
+    let heads = |budget: f32, random: &mut Random| {
+        let [kept, mass, budget_mass] = [0; 3].map(|_| budget * (1.0 + 0.5 * random.unit()));
+        HeadShares { kept, mass, budget_mass }
+    };
     let calibration = [0.05f32, 0.1, 0.2, 0.5].map(|budget| Calibration {
         budget,
         threshold: 1e-4 / budget,
         kept: budget,
         mass: budget.sqrt(),
-        layer_kept: (0..layers).map(|_| budget * (1.0 + 0.5 * random.unit())).collect(),
+        heads: (0..layers * n_head_kv).map(|_| heads(budget, random)).collect(),
     });
     let meta = IndexMeta {
         model: ModelId { architecture: "llama".into(), name: "Sample".into(), fingerprint },
@@ -93,6 +97,9 @@ pub fn sample_parts(
             builder: "sample".into(),
         },
         calibration: calibration.to_vec(),
+        mass_targets: [0.5f32, 0.9, 0.95]
+            .map(|mass| MassTarget { mass, target: mass * mass, kept: mass / 3.0 })
+            .to_vec(),
         dense_layers: vec![(layers as u32, "sliding window of 512".into())],
         synthetic: false,
     };

@@ -4,7 +4,7 @@
 use half::f16;
 
 /// Version of the file layout; a reader refuses any other.
-pub const FORMAT_VERSION: u32 = 3;
+pub const FORMAT_VERSION: u32 = 4;
 
 /// Largest relative distance (L2, in units of the row's norm, at least a quarter of the usual norm) between a prefix token's
 /// sketch and the cache row that is taken for it. Two tokens or positions of a prefix must be at least twice as far apart.
@@ -51,19 +51,43 @@ pub struct BuildSettings {
     pub builder: String,
 }
 
-/// One row of the calibration table (threshold mode).
+/// One row of the calibration table: what a nominal share does on the window's queries. Masses are exact: of all sinks and
+/// clustered keys, without a soft-cap.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Calibration {
     /// Nominal share of the prefix keys.
     pub budget: f32,
     /// T: clusters whose group-mean probability per key is at least this are kept.
     pub threshold: f32,
-    /// Share really kept on the window's queries, mean over layers, heads and queries.
+    /// Share of the keys that T really keeps, mean over layers, KV heads and queries.
     pub kept: f32,
-    /// Estimated share of the prefix's attention mass in the kept keys.
+    /// Share of the prefix's attention mass on them, likewise.
     pub mass: f32,
-    /// Share kept per indexed layer, in the order of `IndexParts::layers`.
-    pub layer_kept: Vec<f32>,
+    /// Of each KV head of each indexed layer, in the order of `IndexParts::layers`.
+    pub heads: Vec<HeadShares>,
+}
+
+/// What one KV head does at a nominal share, mean over the window's queries.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct HeadShares {
+    /// Share of the keys kept in threshold mode.
+    pub kept: f32,
+    /// Share of the attention mass on them.
+    pub mass: f32,
+    /// Share of the attention mass on the keys kept in budget mode.
+    pub budget_mass: f32,
+}
+
+/// One row of mass mode's table: the estimate to stop at, so that on the window's queries the kept keys hold a share of
+/// the attention mass, on average over layers, KV heads and queries.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MassTarget {
+    /// The true share, above 0 and below 1.
+    pub mass: f32,
+    /// The estimated one.
+    pub target: f32,
+    /// Share of the keys kept.
+    pub kept: f32,
 }
 
 /// Everything about an index that is not a tensor.
@@ -80,7 +104,10 @@ pub struct IndexMeta {
     /// W: last tokens of the prefix, never clustered, part of the tail online.
     pub n_window: u32,
     pub build: BuildSettings,
+    /// Ascending by budget.
     pub calibration: Vec<Calibration>,
+    /// Ascending by mass.
+    pub mass_targets: Vec<MassTarget>,
     /// Layers that have a KV cache but stay dense, with the reason, for people.
     pub dense_layers: Vec<(u32, String)>,
     /// Its clusters are made up: good for speed figures, and for nothing else. The file then has a `general.type` of its own.

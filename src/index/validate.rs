@@ -39,7 +39,8 @@ pub(super) fn header(header: &Header) -> Result<(), IndexError> {
         check_layer_number(meta, shape.layer, "the indexed layer")?;
         check_shape(shape, meta.n_clustered())?;
     }
-    check_calibration(&meta.calibration, shapes.len())?;
+    check_calibration(&meta.calibration, shapes.iter().map(|s| s.n_head_kv as usize).sum())?;
+    check_masses(&meta.mass_targets)?;
 
     ensure!(ascending(meta.dense_layers.iter().map(|(layer, _)| *layer)), "dense layers are not ascending");
     for (layer, _) in &meta.dense_layers {
@@ -112,7 +113,7 @@ fn check_shape(shape: &LayerShape, n_clustered: usize) -> Result<(), IndexError>
     Ok(())
 }
 
-fn check_calibration(rows: &[Calibration], n_layer: usize) -> Result<(), IndexError> {
+fn check_calibration(rows: &[Calibration], n_head: usize) -> Result<(), IndexError> {
     ensure!(rows.len() <= MAX_ROWS, "the calibration table has {} rows", rows.len());
     ensure!(ascending(rows.iter().map(|c| c.budget)), "the budgets of the calibration table are not ascending");
     for row in rows {
@@ -124,13 +125,30 @@ fn check_calibration(rows: &[Calibration], n_layer: usize) -> Result<(), IndexEr
             row.threshold
         );
         ensure!(
-            share(row.kept) && share(row.mass) && row.layer_kept.iter().all(|x| share(*x)),
+            share(row.kept)
+                && share(row.mass)
+                && row.heads.iter().all(|h| share(h.kept) && share(h.mass) && share(h.budget_mass)),
             "the calibration table has a share outside 0 to 1 at budget {budget}"
         );
         ensure!(
-            row.layer_kept.len() == n_layer,
-            "the calibration table has {} layers at budget {budget}, {n_layer} are indexed",
-            row.layer_kept.len()
+            row.heads.len() == n_head,
+            "the calibration table has {} KV heads at budget {budget}, {n_head} are indexed",
+            row.heads.len()
+        );
+    }
+    Ok(())
+}
+
+fn check_masses(rows: &[MassTarget]) -> Result<(), IndexError> {
+    ensure!(rows.len() <= MAX_ROWS, "the table of mass mode has {} rows", rows.len());
+    ensure!(ascending(rows.iter().map(|row| row.mass)), "the masses of mass mode's table are not ascending");
+    let falls = rows.windows(2).any(|pair| pair[1].target < pair[0].target);
+    ensure!(!falls, "the targets of mass mode's table fall");
+    for MassTarget { mass, target, kept } in rows {
+        ensure!(*mass > 0.0 && *mass < 1.0, "the table of mass mode has the mass {mass}, not in (0, 1)");
+        ensure!(
+            (0.0..=1.0).contains(target) && share(*kept),
+            "the table of mass mode has the target {target} and the share {kept} at mass {mass}"
         );
     }
     Ok(())

@@ -328,7 +328,8 @@ fn index_parts(spec: &Spec, r: &mut Random, n_cluster: usize, keys: &[f16], valu
             cache_types: ["f16".into(), "f16".into()],
             builder: "test".into(),
         },
-        calibration: vec![Calibration { budget: 0.2, threshold: 1e-3, kept: 0.2, mass: 0.9, layer_kept: vec![0.2] }],
+        calibration: Vec::new(),
+        mass_targets: Vec::new(),
         dense_layers: vec![(0, "test".into())],
         synthetic: false,
     };

@@ -131,19 +131,10 @@ impl Lookup<'_> {
             (self.space.count(c), self.space.mean(c), self.space.mass(c))
         };
         mean.fill(0.0);
-        let by_mass = matches!(self.pair.call.selection.mode, Mode::Mass(_));
-        if by_mass {
-            mass.fill(0.0);
-        }
         let mut sink_share = 0.0;
         for g in 0..group {
             // SAFETY: as above.
             let (y, sink) = unsafe { (self.space.y(g, 0, c), self.space.sink(g, self.n_sink())) };
-            if by_mass {
-                // SAFETY: as above.
-                let x = unsafe { self.space.x(g, 0, c) };
-                sink_share += self.add_mass(x, sink, count, mass);
-            }
             let top = max(path, y).max(max(path, sink));
             if top == f32::NEG_INFINITY {
                 continue;
@@ -152,6 +143,10 @@ impl Lookup<'_> {
             let sinks = exp_sum(path, sink, top);
             let total = (sinks + weighted_sum(path, y, count)) * group as f32;
             add_scaled(path, mean, y, 1.0 / total);
+            sink_share += (sinks / total) as f64;
+        }
+        if matches!(self.pair.call.selection.mode, Mode::Mass(_)) {
+            mass.copy_from_slice(mean);
         }
         // SAFETY: as above.
         unsafe { self.keep(sink_share) }
@@ -224,21 +219,6 @@ impl Lookup<'_> {
             }
         }
         n
-    }
-
-    /// Adds one head's estimate of each cluster's mass per key, by the plain logits, to `mass`; returns that of the sinks.
-    fn add_mass(&self, x: &[f32], sink: &[f32], count: &[f32], mass: &mut [f32]) -> f64 {
-        let path = self.pair.path;
-        let top = max(path, x).max(max(path, sink));
-        if top == f32::NEG_INFINITY {
-            return 0.0;
-        }
-        let exp = |s: &f32| (s - top).exp();
-        let sinks: f32 = sink.iter().map(exp).sum();
-        let clusters: f32 = x.iter().zip(count).map(|(x, n)| n * exp(x)).sum();
-        let total = (sinks + clusters) * self.pair.problem().n_group() as f32;
-        mass.iter_mut().zip(x).for_each(|(m, x)| *m += exp(x) / total);
-        (sinks / total) as f64
     }
 
     /// The rank below which clusters are kept. In mass mode `mass` becomes that of whole clusters.

@@ -11,6 +11,7 @@ mod avx512;
 mod check;
 mod kernels;
 mod lookup;
+mod measure;
 mod memory;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -130,4 +131,8 @@ pub struct Kept {
     pub share_sum: f64,
     /// Number of (sparse row, KV head) pairs in the sum.
     pub count: u64,
+    /// Sum of the true attention mass, of that of the sinks and clustered keys, on keys not kept; and its number of pairs:
+    /// where it is measured, those whose row selects for itself.
+    pub missed_sum: f64,
+    pub missed_count: u64,
 }

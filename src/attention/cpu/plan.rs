@@ -12,7 +12,7 @@ use std::sync::Arc;
 use super::attend::{attend, estimate, Cells, Part, State};
 use super::check::check;
 use super::lookup::Lookup;
-use super::memory::{Carver, Memory, Pair, ScratchLayout, Space, SpaceLayout, Workspace};
+use super::memory::{Carver, Memory, Pair, Scratch, ScratchLayout, Space, SpaceLayout, Workspace};
 use super::progress::{last, LookupProgress, OnPanic};
 use super::tile::{Shared, Tiles};
 use super::{Kept, Path, Unsupported};
@@ -76,6 +76,7 @@ pub struct Plan {
     n_chunk: usize,
     n_part: usize,
     progress: Progress,
+    measured: bool,
 }
 
 impl Plan {
@@ -172,8 +173,14 @@ impl Plan {
             n_chunk,
             n_part,
             progress,
+            measured: false,
             call,
         })
+    }
+
+    /// The same plan, which also measures the attention mass that its selections miss: as much work as dense attention.
+    pub fn measured(self) -> Plan {
+        Plan { measured: true, ..self }
     }
 
     /// Runs the share of thread `ith` of `nth`. More threads than planned have nothing to do; fewer do it all.
@@ -230,6 +237,10 @@ impl Plan {
             let keys = self.progress.lookups[pair].kept();
             out.share_sum += (meta.n_sink as f64 + keys as f64) / (meta.n_prefix() as f64 - meta.n_window as f64);
             out.count += 1;
+            if self.measured {
+                out.missed_sum += self.progress.lookups[pair].missed();
+                out.missed_count += 1;
+            }
         }
         self.tiles.add_kept(self.shared(), &mut out);
         out
@@ -295,12 +306,17 @@ impl Plan {
     }
 
     /// # Safety
-    /// All scores of the sparse pair are there; no other task has its space.
-    unsafe fn select(&self, lookup: &Lookup<'_>) {
-        let pair = self.sparse_pair(lookup.pair.row, lookup.pair.head_kv);
+    /// All scores of the sparse pair are there; no other task has its space; its queries are in `scratch.q`.
+    unsafe fn select(&self, lookup: &Lookup<'_>, scratch: &mut Scratch<'_>) {
+        let progress = &self.progress.lookups[self.sparse_pair(lookup.pair.row, lookup.pair.head_kv)];
         // SAFETY: the contract.
-        let keys = unsafe { lookup.select() };
-        self.progress.lookups[pair].select(keys);
+        unsafe {
+            let keys = lookup.select();
+            if self.measured {
+                progress.miss(lookup.missed(scratch));
+            }
+            progress.select(keys);
+        }
     }
 
     /// Split: scores of one chunk of clusters. `prepared` is the sparse pair whose queries are in this thread's scratch.
@@ -324,7 +340,7 @@ impl Plan {
                 lookup.score_sinks(&mut scratch);
             }
             if self.progress.lookups[sparse_pair].is_last_score(self.n_chunk) {
-                self.select(&lookup);
+                self.select(&lookup, &mut scratch);
             }
         }
     }
@@ -381,7 +397,7 @@ impl Plan {
                 lookup.prepare(&mut scratch);
                 lookup.score(&mut scratch, 0, lookup.n_cluster());
                 lookup.score_sinks(&mut scratch);
-                self.select(lookup);
+                self.select(lookup, &mut scratch);
             }
             let mut state = State::over(self.memory.slice(at, p.n_group() * (p.v.ne[0] + 2)), p.n_group());
             state.reset();

@@ -1,6 +1,6 @@
 //! How far the threads of a plan are with a selection.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 /// Of one selection, shared by all of its tasks.
 #[derive(Default)]
@@ -10,6 +10,8 @@ pub(super) struct LookupProgress {
     selected: AtomicBool,
     /// Keys in the kept clusters.
     kept: AtomicU32,
+    /// Bits of the true mass of the dropped clusters, where it was measured.
+    missed: AtomicU64,
 }
 
 impl LookupProgress {
@@ -26,6 +28,15 @@ impl LookupProgress {
 
     pub(super) fn kept(&self) -> u32 {
         self.kept.load(Ordering::Relaxed)
+    }
+
+    /// Books what a selection misses.
+    pub(super) fn miss(&self, mass: f64) {
+        self.missed.store(mass.to_bits(), Ordering::Relaxed);
+    }
+
+    pub(super) fn missed(&self) -> f64 {
+        f64::from_bits(self.missed.load(Ordering::Relaxed))
     }
 
     /// Waits until the selection is there; false if it may never be. By the order of tasks all of its scores are in the

@@ -257,7 +257,17 @@ fn numbers_that_are_not_finite() {
         f.data[at..at + bits.len()].copy_from_slice(bits);
         invalid(f.open());
     }
-    for key in ["squeeze.layer.scale", "squeeze.calibration.threshold", "squeeze.calibration.budget"] {
+    for key in [
+        "squeeze.layer.scale",
+        "squeeze.calibration.threshold",
+        "squeeze.calibration.budget",
+        "squeeze.calibration.head_kept",
+        "squeeze.calibration.head_mass",
+        "squeeze.calibration.head_budget_mass",
+        "squeeze.mass.share",
+        "squeeze.mass.target",
+        "squeeze.mass.kept",
+    ] {
         for value in [f32::NAN, f32::INFINITY, -1.0] {
             let mut f = forge();
             f.key(key)[12..16].copy_from_slice(&value.to_le_bytes());

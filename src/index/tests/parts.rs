@@ -47,7 +47,7 @@ type Case = (&'static str, fn(&mut IndexParts));
 
 #[test]
 fn each_broken_rule_is_named() {
-    let cases: [Case; 40] = [
+    let cases: [Case; 47] = [
         ("leave none to cluster", |p| p.meta.n_window = 21),
         ("leave none to cluster", |p| (p.meta.n_sink, p.meta.n_window) = (u32::MAX, u32::MAX)),
         ("token id -1", |p| p.meta.tokens[5] = -1),
@@ -68,7 +68,14 @@ fn each_broken_rule_is_named() {
         ("threshold NaN", |p| p.meta.calibration[0].threshold = f32::NAN),
         ("share outside", |p| p.meta.calibration[0].kept = 1.1),
         ("share outside", |p| p.meta.calibration[2].mass = f32::NAN),
-        ("3 layers", |p| p.meta.calibration[2].layer_kept.push(0.5)),
+        ("5 KV heads", |p| p.meta.calibration[2].heads.push(HeadShares::default())),
+        ("share outside", |p| p.meta.calibration[1].heads[3].kept = -0.1),
+        ("share outside", |p| p.meta.calibration[1].heads[0].mass = f32::NAN),
+        ("share outside", |p| p.meta.calibration[3].heads[2].budget_mass = 1.1),
+        ("masses of mass mode's table", |p| p.meta.mass_targets[1].mass = 0.5),
+        ("mass 1,", |p| p.meta.mass_targets[2].mass = 1.0),
+        ("targets", |p| p.meta.mass_targets[2].target = 0.1),
+        ("target NaN", |p| p.meta.mass_targets[0].target = f32::NAN),
         ("blk.1.centroids has 39", |p| p.layers[1].centroids.truncate(39)),
         ("blk.0.members", |p| p.layers[0].members.push(3)),
         ("blk.0.variances", |p| p.layers[0].variances.clear()),

@@ -81,6 +81,7 @@ fn an_index_without_probes_window_sinks_or_calibration_is_valid() {
     let mut parts = sample_parts(1, 7, 1, 1, 1, 1, 7);
     assert_eq!((parts.meta.n_sink, parts.meta.n_window, parts.probes.len()), (0, 0, 0));
     parts.meta.calibration.clear();
+    parts.meta.mass_targets.clear();
     parts.meta.dense_layers.clear();
     assert_same(&parts, &open(&to_bytes(&parts).unwrap()).unwrap());
 }

@@ -72,10 +72,6 @@ impl Tile<'_> {
                 decode(path, Source::F16, &each(centroids)[..n], dk, scratch.k);
                 product(path, used, block, (m, dk), plain.as_ptr(), None, y);
                 scale_finite(path, y, n, undo);
-                if by_mass {
-                    let x = &mut scratch.x[start * lanes..(start + n) * lanes];
-                    x.copy_from_slice(std::slice::from_raw_parts(y, n * lanes));
-                }
                 match spread {
                     Spread::None => {}
                     Spread::Radius => add_radius(path, y, &norm, &view.radii[own], bonus),
@@ -108,11 +104,10 @@ impl Tile<'_> {
         }
         let factor = 1.0 / self.n_lane() as f32;
         if by_mass {
-            let from = scored.sinks.0 * lanes;
-            scratch.x[from..end].copy_from_slice(&scratch.y[from..end]);
+            let again = &mut scratch.again[..end];
+            again.copy_from_slice(&scratch.y[..end]);
             // SAFETY: the scores are there.
-            out.sinks[0] =
-                unsafe { probabilities(path, scratch.x.as_mut_ptr(), scored, used, factor, false, out.mass) };
+            out.sinks[0] = unsafe { probabilities(path, again.as_mut_ptr(), scored, used, factor, false, out.mass) };
         }
         // SAFETY: the scores are there.
         unsafe { probabilities(path, scratch.y.as_mut_ptr(), scored, used, factor.sqrt(), true, out.squares) };

@@ -1,0 +1,77 @@
+//! Scores and masses against their definitions in f64.
+
+use super::super::tests::{capture, settings};
+use super::super::{calibrate, index_layer, BuiltLayer, LayerCapture};
+use super::*;
+use crate::index::LayerParts;
+
+/// Of every cluster and of all sinks, for one query and KV head, straight from the definitions.
+struct Defined {
+    score: Vec<f64>,
+    sink_share: f64,
+    mass: Vec<f64>,
+    sink_mass: f64,
+}
+
+fn defined(parts: &LayerParts, c: &LayerCapture, n_sink: usize, w: usize, h: usize) -> Defined {
+    let (d, n, g) = (24, parts.shape.n_cluster as usize, c.n_group as usize);
+    let heads = c.n_head_kv as usize;
+    let view = parts.view();
+    let offsets = view.head_offsets(h);
+    let mut out = Defined { score: vec![0.0; n], sink_share: 0.0, mass: vec![0.0; n], sink_mass: 0.0 };
+    for r in 0..g {
+        let q: Vec<f64> = c.q[((w * heads + h) * g + r) * d..][..d].iter().map(|&x| x as f64).collect();
+        let dot = |x: &[f16]| -> f64 { q.iter().zip(x).map(|(a, b)| a * b.to_f64()).sum::<f64>() * c.scale as f64 };
+        let key = |token: usize| dot(&c.k[(token * heads + h) * d..][..d]).exp();
+        let sinks: f64 = (0..n_sink).map(key).sum();
+        let wide = |i: usize| {
+            let scale = parts.variance_scales[h * n + i] as f64;
+            let var = &parts.variances[(h * n + i) * d..][..d];
+            let s2: f64 = q.iter().zip(var).map(|(a, &v)| a * a * v as f64 * scale).sum();
+            dot(&parts.centroids[(h * n + i) * d..][..d]) + SPREAD_ALPHA as f64 * c.scale as f64 * s2.sqrt()
+        };
+        let members = |i: usize| (offsets[i]..offsets[i + 1]).map(|j| view.member(h, j as usize) as usize);
+        let whole: Vec<f64> = (0..n).map(|i| members(i).map(key).sum()).collect();
+        let z_wide = sinks + (0..n).map(|i| members(i).count() as f64 * wide(i).exp()).sum::<f64>();
+        let z_true = sinks + whole.iter().sum::<f64>();
+        out.sink_share += sinks / z_wide / g as f64;
+        out.sink_mass += sinks / z_true / g as f64;
+        for i in 0..n {
+            out.score[i] += wide(i).exp() / z_wide / g as f64;
+            out.mass[i] += whole[i] / z_true / g as f64;
+        }
+    }
+    out
+}
+
+#[test]
+fn scores_and_masses_follow_the_definitions() {
+    // The second prefix is longer than a block of keys.
+    for (n_prefix, n_sink) in [(260, 0), (260, 6), (2400, 6)] {
+        let c = capture(n_prefix, 11, 2, 3, 4);
+        let BuiltLayer { parts, scores, .. } = index_layer(&c, &settings(n_sink, 11), &|_| ()).unwrap();
+        for (h, w) in [(0, 0), (1, 0), (0, 10), (1, 7)] {
+            let want = defined(&parts, &c, n_sink as usize, w, h);
+            let range = scores.clusters(h, w);
+            for (i, at) in range.enumerate() {
+                assert!((scores.scores[at] as f64 / want.score[i] - 1.0).abs() < 1e-4);
+                assert!((scores.mass[at].to_f64() - want.mass[i]).abs() < 1e-3 * want.mass[i] + 1e-7);
+            }
+            assert!((scores.sink_share[h * 11 + w] as f64 - want.sink_share).abs() < 1e-5);
+            assert!((scores.sink_mass[h * 11 + w] as f64 - want.sink_mass).abs() < 1e-5);
+        }
+    }
+}
+
+#[test]
+fn large_logits_do_not_overflow() {
+    let mut c = capture(260, 5, 1, 2, 4);
+    c.q.iter_mut().for_each(|x| *x *= 1e4);
+    let scores = index_layer(&c, &settings(6, 5), &|_| ()).unwrap().scores;
+    assert!(scores.scores.iter().all(|x| x.is_finite()));
+    for w in 0..5 {
+        let mass: f32 = scores.mass[scores.clusters(0, w)].iter().map(|x| x.to_f32()).sum();
+        assert!((mass + scores.sink_mass[w] - 1.0).abs() < 1e-2);
+    }
+    assert!(calibrate(&[scores], &[0.2]).budgets[0].threshold > 0.0);
+}
