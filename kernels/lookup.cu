@@ -248,7 +248,7 @@ __device__ __forceinline__ void score(const Call &call, const Shared<D, DIAG> &s
             const float factor = shared.factor[t + 2 * c + h];
             const bool mine = shared.mine[t + 2 * c + h];
             const uint64_t to = first + t + 2 * c + h;
-            float y[2], plain[2];
+            float y[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const float logit = x[2 * i + h] * undo;
@@ -256,23 +256,16 @@ __device__ __forceinline__ void score(const Call &call, const Shared<D, DIAG> &s
                 const float score = logit + bonus * spread;
                 const bool there = tile.count[i] > 0;
                 y[i] = there && isfinite(score) ? score * LOG2E : -INFINITY;
-                plain[i] = there && isfinite(logit) ? logit : -INFINITY;
                 if (mine && !sinks) {
                     const uint64_t at = to * call.n_cluster + number * TILE + r + 8 * i;
                     call.y[at] = y[i];
-                    if (call.x != nullptr) call.x[at] = plain[i];
+                    if (call.x != nullptr) call.x[at] = there && isfinite(logit) ? logit : -INFINITY;
                 }
             }
             const uint64_t at = to * (call.n_tile + SINK_TILES) + slot;
             const float m = max_rows(fmaxf(y[0], y[1])), ref = m == -INFINITY ? 0 : m;
             const float l = sum_rows(tile.count[0] * exp2_fast(y[0] - ref) + tile.count[1] * exp2_fast(y[1] - ref));
             if (r == 0 && mine) call.partial[at] = {m, l};
-            if (call.plain != nullptr) {
-                const float a0 = plain[0] * LOG2E, a1 = plain[1] * LOG2E;
-                const float top = max_rows(fmaxf(a0, a1)), reference = top == -INFINITY ? 0 : top;
-                const float sum = sum_rows(tile.count[0] * exp2_fast(a0 - reference) + tile.count[1] * exp2_fast(a1 - reference));
-                if (r == 0 && mine) call.plain[at] = {top, sum};
-            }
         }
     }
 }

@@ -124,9 +124,8 @@ struct Call {
     Bound bound[MAX_BOUND];
     // Workspace. A pair is head_kv * n_row + row, a column pair * group + head of the group.
     float *y;             // [columns][n_cluster] selection scores
-    float *x;             // the same, plain; null without estimate and mass mode
+    float *x;             // the same, plain; null without estimate
     float2 *partial;      // [columns][n_tile + SINK_TILES] max and sum of exp of a tile, those of sinks last
-    float2 *plain;        // the same of the plain scores; null unless in mass mode
     uint32_t *check;      // [MAX_BOUND][CHECK_BLOCKS][n_row] 1: the row must be dense
     Work *work;           // [pairs]
     Entry *entries;       // [pairs][n_cluster + 1]
@@ -146,7 +145,7 @@ struct Call {
 };
 
 // Sizes that the other side counts on.
-constexpr int CALL_BYTES = 1064;
+constexpr int CALL_BYTES = 1056;
 constexpr int WORK_BYTES = 24;
 static_assert(sizeof(Call) == CALL_BYTES && sizeof(Work) == WORK_BYTES);
 

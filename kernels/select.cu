@@ -32,7 +32,7 @@ struct Shared {
         Entry list[ROOM];
     };
     uint32_t warp[2][MAX_WARPS];
-    float2 partial[2][MAX_WARPS];
+    float2 partial[MAX_WARPS];
     uint32_t bin, above, n_candidate, least, last;
 };
 
@@ -208,8 +208,7 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
                 size[e] = two.y, size[e + 1] = from + e + 1 < n ? two.w : 0;
             }
         }
-        sum_partials(call, shared.partial[0], call.partial + at, n_tile, n_sink_tile, dropped, n_dropped);
-        if (MASS) sum_partials(call, shared.partial[1], call.plain + at, n_tile, n_sink_tile, dropped, n_dropped);
+        sum_partials(call, shared.partial, call.partial + at, n_tile, n_sink_tile, dropped, n_dropped);
     }
     if (__syncthreads_or(bad)) {
         work.bound = -1;
@@ -218,18 +217,18 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
     }
 
     float p[E] = {};
-    auto add_scores = [&](const float4 (&scores)[E / 4], float2 norm, float factor, float (&to)[E]) {
+    auto add_scores = [&](const float4 (&scores)[E / 4], float2 norm, float (&to)[E]) {
         if (norm.y == 0) return;
 #pragma unroll
         for (int e = 0; e < E; e += 4) {
             const float4 s = scores[e / 4];
-            to[e] += exp2_fast(s.x * factor - norm.x) * norm.y;
-            to[e + 1] += exp2_fast(s.y * factor - norm.x) * norm.y;
-            to[e + 2] += exp2_fast(s.z * factor - norm.x) * norm.y;
-            to[e + 3] += exp2_fast(s.w * factor - norm.x) * norm.y;
+            to[e] += exp2_fast(s.x - norm.x) * norm.y;
+            to[e + 1] += exp2_fast(s.y - norm.x) * norm.y;
+            to[e + 2] += exp2_fast(s.z - norm.x) * norm.y;
+            to[e + 3] += exp2_fast(s.w - norm.x) * norm.y;
         }
     };
-    const Norms norms = norms_of(call, shared.partial[0]);
+    const Norms norms = norms_of(call, shared.partial);
     for (uint32_t first = 0; first < call.group; first += HEADS) {
 #pragma unroll
         for (int h = 0; h < HEADS; ++h) {
@@ -237,27 +236,24 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
         }
 #pragma unroll
         for (int h = 0; h < HEADS; ++h) {
-            if (first + h < call.group) add_scores(y[h], norms.of(first + h, call.group), 1, p);
+            if (first + h < call.group) add_scores(y[h], norms.of(first + h, call.group), p);
         }
     }
 
     // What a cluster counts towards the target: its keys, or its mass in fixed point, so that sums have no order.
     uint32_t mass[MASS ? E : 1], target = call.mode == MODE_BUDGET ? bound.target : bound.floor;
     if constexpr (MASS) {
-        const float2 *partial = call.plain + column * (call.n_tile + SINK_TILES);
-        const Norms plain = norms_of(call, shared.partial[1]);
-        float sums[E] = {}, sinks = 0;
+        const float2 *partial = call.partial + column * (call.n_tile + SINK_TILES);
+        float sinks = 0;
         for (uint32_t g = 0; g < call.group; ++g) {
-            const float2 norm = plain.of(g, call.group);
+            const float2 norm = norms.of(g, call.group);
             for (uint32_t t = 0; t < n_sink_tile; ++t) {
                 const float2 part = partial[g * static_cast<uint64_t>(call.n_tile + SINK_TILES) + call.n_tile + t];
                 if (norm.y > 0 && part.x > -INFINITY) sinks += part.y * exp2_fast(part.x - norm.x) * norm.y;
             }
-            load_scores(call.x, g, y[0]);
-            add_scores(y[0], norm, LOG2E, sums);
         }
 #pragma unroll
-        for (int e = 0; e < E; ++e) mass[e] = from + e < n ? static_cast<uint32_t>(sums[e] * size[e] * 0x1p30f) : 0;
+        for (int e = 0; e < E; ++e) mass[e] = from + e < n ? static_cast<uint32_t>(p[e] * size[e] * 0x1p30f) : 0;
         const float want = call.mass - sinks;
         target = call.mass >= 1 ? ALL : want <= 0 ? 0 : max(1u, static_cast<uint32_t>(want * 0x1p30f));
     }

@@ -7,7 +7,7 @@ use cudarc::driver::sys;
 use super::params::{self, *};
 use super::plan::{demand, Plan};
 use super::{Bound, Buffer, Device, Error, HEAD_DIMS};
-use crate::attention::{Mode, Problem, Selection};
+use crate::attention::{Problem, Selection};
 
 /// One call: arrays in device memory, and on the device, which binding each row has.
 pub struct Call<'a> {
@@ -74,12 +74,10 @@ impl Attention {
         )?;
         let at = |offset: usize| workspace.buffer.address() + offset as u64;
         let optional = |offset: usize, wanted: bool| if wanted { at(offset) } else { 0 };
-        let by_mass = matches!(call.selection.mode, Mode::Mass(_));
         let mut parameters = params::Call {
             y: at(plan.y),
-            x: optional(plan.x, call.selection.estimate || by_mass),
+            x: optional(plan.x, call.selection.estimate),
             partial: at(plan.partial),
-            plain: optional(plan.plain, by_mass),
             check: at(plan.check),
             work: at(plan.work),
             entries: at(plan.entries),

@@ -138,7 +138,6 @@ pub(super) struct Call {
     pub y: u64,
     pub x: u64,
     pub partial: u64,
-    pub plain: u64,
     pub check: u64,
     pub work: u64,
     pub entries: u64,

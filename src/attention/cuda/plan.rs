@@ -27,7 +27,6 @@ pub(super) struct Plan {
     pub(super) y: usize,
     pub(super) x: usize,
     pub(super) partial: usize,
-    pub(super) plain: usize,
     pub(super) check: usize,
     pub(super) work: usize,
     pub(super) entries: usize,
@@ -204,7 +203,6 @@ impl Plan {
         let n_cluster = n_cluster.next_multiple_of(32);
         let n_tile = n_cluster / TILE;
         let max_tiles = n_member.div_ceil(TILE) + 1;
-        let by_mass = matches!(mode, Mode::Mass(_));
         let mut c = Carver::default();
         let scores = n_column * n_cluster;
         let partials = 2 * n_column * (n_tile + SINK_TILES);
@@ -215,9 +213,8 @@ impl Plan {
             select,
             select_threads,
             y: c.area::<f32>(scores),
-            x: c.area::<f32>(if estimate || by_mass { scores } else { 0 }),
+            x: c.area::<f32>(if estimate { scores } else { 0 }),
             partial: c.area::<f32>(partials),
-            plain: c.area::<f32>(if by_mass { partials } else { 0 }),
             check: c.area::<u32>(MAX_BOUND * CHECK_BLOCKS * n_row),
             work: c.area::<Work>(n_pair),
             entries: c.area::<u8>(ENTRY_BYTES * n_pair * (n_cluster + 1)),
