@@ -11,6 +11,7 @@ use ggml_squeeze::index::{Calibration, HeadShares, Index, IndexMeta, LayerView, 
 use serde::Serialize;
 
 use crate::llama;
+use crate::plot;
 use crate::verify::{self, Check};
 
 #[derive(clap::Args, Clone, Debug)]
@@ -21,6 +22,9 @@ pub struct InspectArgs {
     /// Print the same data as JSON
     #[arg(long)]
     pub json: bool,
+    /// Also draw the index: what each layer and KV head keeps, cluster sizes, thresholds
+    #[arg(long, value_name = "FILE.svg|.png")]
+    pub plot: Option<PathBuf>,
     /// Say too whether the index fits a model; a status of 1 if not
     #[arg(long, requires = "model")]
     pub verify: bool,
@@ -36,6 +40,9 @@ pub fn run(args: InspectArgs) -> anyhow::Result<()> {
         Some(model) => Some(verify::checks(index.meta(), &llama::Model::load(model)?)?),
         None => None,
     };
+    if let Some(path) = &args.plot {
+        plot::plot(&index, path)?;
+    }
     let text = match args.json {
         true => render_json(&index, fit.as_deref())?,
         false => render(&index) + &fit.as_deref().map(verify::render).unwrap_or_default(),
@@ -433,7 +440,8 @@ fn percent(share: f32) -> String {
     format!("{:.1} %", 100.0 * f64::from(share))
 }
 
-fn size(bytes: u64) -> String {
+/// Bytes for people.
+pub fn size(bytes: u64) -> String {
     match bytes {
         0..10_000 => format!("{bytes} B"),
         10_000..1_000_000 => format!("{:.1} KB", bytes as f64 / 1e3),

@@ -121,9 +121,10 @@ fn an_error_names_the_file_and_the_cause() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("model.gguf");
     std::fs::write(&file, "not a GGUF").unwrap();
-    let error = run(InspectArgs { file: file.clone(), json: false, verify: false, model: None }).unwrap_err();
+    let error =
+        run(InspectArgs { file: file.clone(), json: false, plot: None, verify: false, model: None }).unwrap_err();
     let text = format!("{error:#}");
     assert!(text.contains("model.gguf") && text.contains("not a GGUF file"), "{text}");
     write(&file, &parts()).unwrap();
-    run(InspectArgs { file, json: true, verify: false, model: None }).unwrap();
+    run(InspectArgs { file, json: true, plot: None, verify: false, model: None }).unwrap();
 }

@@ -11,6 +11,7 @@ pub mod info;
 pub mod inspect;
 pub mod llama;
 pub mod metrics;
+pub mod plot;
 pub mod progress;
 pub mod random_model;
 pub mod run;

@@ -213,6 +213,31 @@ fn unusable_settings_are_refused() {
     }
 }
 
+/// Without mean values and variances an index is half as large; radii alone serve the spread bonus then.
+#[test]
+fn the_layers_of_an_index_are_small_beside_their_cache() {
+    use crate::index::sample::{add_coarse, sample_parts};
+    use crate::index::{to_bytes, Index};
+    let settings = Settings::default();
+    for (n_prefix, dim) in [(1024, 64), (4096, 64), (4096, 128), (32767, 64), (32767, 128), (32768, 128), (70000, 128)]
+    {
+        let n = n_prefix - 116;
+        let fine = super::n_cluster(n, &settings);
+        let coarse = super::n_coarse(n, fine, &settings);
+        let mut parts = sample_parts(1, n_prefix, 1, 1, dim, dim, fine);
+        if coarse > 0 {
+            add_coarse(&mut parts, 2, coarse);
+        }
+        let index = Index::from_bytes(to_bytes(&parts).unwrap()).unwrap();
+        let cache = (n_prefix * 2 * 2 * dim) as f64;
+        let whole = index.layer_bytes(0) as f64;
+        let both = fine * (2 * dim + dim + 4);
+        assert!(whole <= 0.08 * cache, "{n_prefix} x {dim}: {:.2} %", 100.0 * whole / cache);
+        let rest = whole - both as f64;
+        assert!(rest <= 0.042 * cache, "{n_prefix} x {dim} without both: {:.2} %", 100.0 * rest / cache);
+    }
+}
+
 /// Every part of an index that this code makes, of a capture made up here, as a file without calibration: one
 /// layer clustered in one level, one top down.
 fn made_up_index() -> (Vec<u8>, Tables) {
