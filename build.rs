@@ -71,13 +71,23 @@ fn compiler() -> Result<PathBuf, String> {
     })
 }
 
+/// Smallest machine code that every driver for this compiler loads: what nvcc 12 makes in this mode needs a driver for 12.4.
+fn compression(nvcc: &Path) -> Option<&'static str> {
+    let said = Command::new(nvcc).arg("--version").output().ok()?.stdout;
+    let said = String::from_utf8_lossy(&said);
+    let release: u32 = said.split("release ").nth(1)?.split('.').next()?.parse().ok()?;
+    (release >= 13).then_some("--compress-mode=size")
+}
+
 fn compile(nvcc: &Path, out: &Path) -> Result<(), String> {
+    let compression = compression(nvcc);
     let archs = env::var("GGML_SQUEEZE_CUDA_ARCHS").unwrap_or_else(|_| DEFAULT_ARCHS.into());
     let mut log = String::new();
     for stage in STAGES {
         let mut command = Command::new(nvcc);
         command.args(["-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v", "--threads", "0", "-fatbin", "-o"]);
         command.arg(out.join(format!("{stage}.fatbin"))).arg(format!("kernels/{stage}.cu"));
+        command.args(compression);
         for arch in archs.split_whitespace() {
             command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
         }

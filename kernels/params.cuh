@@ -47,7 +47,6 @@ struct Layer {
     uint32_t n_clustered;
     uint32_t n_prefix;
     uint32_t n_sink;
-    uint32_t unused;
 };
 
 // An indexed layer bound to cells of the cache.

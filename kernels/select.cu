@@ -13,7 +13,10 @@ namespace {
 constexpr int MAX_WARPS = 32;
 constexpr int THREADS_MIN = 256;
 constexpr int BINS = 2048;
-// A bin is 2^17 float bits wide, 0.8 to 1.6 percent; the last one ends at 1.
+// Bins of plain scores, 2 percent wide, 64 octaves to either side of 0; what lies beyond is in the outermost ones.
+constexpr int SCORE_BINS = 4096;
+constexpr int OCTAVE_BINS = 32;
+// Those of probabilities are 2^17 float bits wide, 0.8 to 1.6 percent; the last one ends at 1.
 constexpr int BIN_SHIFT = 17;
 constexpr int FIRST_BIN = (0x3f800000 >> BIN_SHIFT) - BINS + 1;
 // Clusters of the cut's bin that are ranked directly.
@@ -21,12 +24,13 @@ constexpr int CANDIDATES = 512;
 // Kept clusters that are listed in shared memory first.
 constexpr uint32_t ROOM = 4096;
 
-enum class Level { FLAT, COARSE, OPENED };
+// ALONE: FLAT for groups of one head and a budget. Its scores need not be normalised: they are in the right order as they are.
+enum class Level { FLAT, ALONE, COARSE, OPENED };
 
 struct Shared {
     union {
         struct {
-            alignas(16) uint32_t histogram[BINS];
+            alignas(16) uint32_t histogram[SCORE_BINS];
             uint32_t key[CANDIDATES], index[CANDIDATES], weight[CANDIDATES];
         };
         Entry list[ROOM];
@@ -50,9 +54,10 @@ __device__ __forceinline__ void scan(Shared &shared, uint32_t &a, uint32_t &b, u
 }
 
 // The bin in which the sum from the largest down reaches `want`; the sum above it goes to `above`. ALL if no bin does.
+template <int N>
 __device__ uint32_t bin_of(Shared &shared, uint32_t want, uint32_t &above) {
-    constexpr int EACH = BINS / THREADS_MIN;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, low = BINS - EACH * (static_cast<int>(threadIdx.x) + 1);
+    constexpr int EACH = N / THREADS_MIN;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, low = N - EACH * (static_cast<int>(threadIdx.x) + 1);
     if (threadIdx.x == 0) shared.bin = ALL;
     // The first warps do it; others wait.
     uint32_t bins[EACH] = {}, sum = 0, upto = 0;
@@ -178,7 +183,8 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
         }
     };
     if (LEVEL != Level::OPENED && work.bound >= 0) load_sizes(layer.offsets);
-    for (int i = threadIdx.x; i < BINS; i += blockDim.x) shared.histogram[i] = 0;
+    constexpr int N_BIN = LEVEL == Level::ALONE ? SCORE_BINS : BINS;
+    for (int i = threadIdx.x; i < N_BIN; i += blockDim.x) shared.histogram[i] = 0;
     if (threadIdx.x == 0) shared.n_candidate = 0;
     await_previous(call);
 
@@ -208,7 +214,7 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
                 size[e] = two.y, size[e + 1] = from + e + 1 < n ? two.w : 0;
             }
         }
-        sum_partials(call, shared.partial, call.partial + at, n_tile, n_sink_tile, dropped, n_dropped);
+        if (LEVEL != Level::ALONE) sum_partials(call, shared.partial, call.partial + at, n_tile, n_sink_tile, dropped, n_dropped);
     }
     if (__syncthreads_or(bad)) {
         work.bound = -1;
@@ -228,15 +234,24 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
             to[e + 3] += exp2_fast(s.w - norm.x) * norm.y;
         }
     };
-    const Norms norms = norms_of(call, shared.partial);
-    for (uint32_t first = 0; first < call.group; first += HEADS) {
+    if constexpr (LEVEL == Level::ALONE) {
 #pragma unroll
-        for (int h = 0; h < HEADS; ++h) {
-            if (first > 0) load_scores(call.y, min(first + h, call.group - 1), y[h]);
+        for (int e = 0; e < E; e += 4) {
+            const float4 four = y[0][e / 4];
+            // One zero alone.
+            p[e] = four.x + 0.0f, p[e + 1] = four.y + 0.0f, p[e + 2] = four.z + 0.0f, p[e + 3] = four.w + 0.0f;
         }
+    } else {
+        const Norms norms = norms_of(call, shared.partial);
+        for (uint32_t first = 0; first < call.group; first += HEADS) {
 #pragma unroll
-        for (int h = 0; h < HEADS; ++h) {
-            if (first + h < call.group) add_scores(y[h], norms.of(first + h, call.group), p);
+            for (int h = 0; h < HEADS; ++h) {
+                if (first > 0) load_scores(call.y, min(first + h, call.group - 1), y[h]);
+            }
+#pragma unroll
+            for (int h = 0; h < HEADS; ++h) {
+                if (first + h < call.group) add_scores(y[h], norms.of(first + h, call.group), p);
+            }
         }
     }
 
@@ -259,24 +274,31 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
     }
     auto weight = [&](int e) { return MASS ? mass[MASS ? e : 0] : size[e]; };
 
+    // The key of a cluster: larger is better. Its rank among all: the key, then the lower number.
+    auto order = [&](int e) {
+        const uint32_t bits = __float_as_uint(p[e]);
+        return LEVEL != Level::ALONE ? bits : bits ^ (static_cast<int32_t>(bits) < 0 ? ALL : 0x80000000u);
+    };
+    auto bin = [&](int e) {
+        if (LEVEL == Level::ALONE) return static_cast<int>(fminf(fmaxf(p[e] * OCTAVE_BINS + SCORE_BINS / 2, 0), SCORE_BINS - 1));
+        return min(max(static_cast<int>(__float_as_uint(p[e]) >> BIN_SHIFT) - FIRST_BIN, 0), BINS - 1);
+    };
     // Kept are the keys above `least`, and of those equal to it the clusters up to `last`.
     uint32_t least = 0, last = ALL;
     if (target == 0) least = ALL;
     if (target != ALL && target != 0) {
-        // The key of a cluster: larger is better. Its rank among all: the key, then the lower number.
-        auto bin = [](float p) { return min(max(static_cast<int>(__float_as_uint(p) >> BIN_SHIFT) - FIRST_BIN, 0), BINS - 1); };
         // Past the last cluster the weight is 0.
 #pragma unroll
-        for (int e = 0; e < E; ++e) atomicAdd(&shared.histogram[bin(p[e])], weight(e));
+        for (int e = 0; e < E; ++e) atomicAdd(&shared.histogram[bin(e)], weight(e));
         __syncthreads();
         uint32_t above;
-        const uint32_t cut = bin_of(shared, target, above);
+        const uint32_t cut = bin_of<N_BIN>(shared, target, above);
         if (cut != ALL) {
 #pragma unroll
             for (int e = 0; e < E; ++e) {
-                if (from + e < n && bin(p[e]) == static_cast<int>(cut)) {
+                if (from + e < n && bin(e) == static_cast<int>(cut)) {
                     const uint32_t at = atomicAdd(&shared.n_candidate, 1);
-                    if (at < CANDIDATES) shared.key[at] = __float_as_uint(p[e]), shared.index[at] = from + e, shared.weight[at] = weight(e);
+                    if (at < CANDIDATES) shared.key[at] = order(e), shared.index[at] = from + e, shared.weight[at] = weight(e);
                 }
             }
             __syncthreads();
@@ -294,20 +316,20 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
                 least = shared.least, last = shared.last;
             } else {
                 // Many equal or very small ones: 11 bits of the rank at a time, the cluster's number being its last 24.
-                auto rank = [&](int e) { return static_cast<uint64_t>(__float_as_uint(p[e])) << 24 | (0xffffff - (from + e)); };
+                auto rank = [&](int e) { return static_cast<uint64_t>(order(e)) << 24 | (0xffffff - (from + e)); };
                 uint64_t found = 0;
-                for (int shift = 44; shift >= 0; shift -= 11) {
+                for (int shift = LEVEL == Level::ALONE ? 55 : 44; shift >= 0; shift -= 11) {
                     __syncthreads();
                     for (int i = threadIdx.x; i < BINS; i += blockDim.x) shared.histogram[i] = 0;
                     __syncthreads();
 #pragma unroll
                     for (int e = 0; e < E; ++e) {
-                        const bool mine = from + e < n && bin(p[e]) == static_cast<int>(cut);
+                        const bool mine = from + e < n && bin(e) == static_cast<int>(cut);
                         if (mine && rank(e) >> shift >> 11 == found) atomicAdd(&shared.histogram[rank(e) >> shift & (BINS - 1)], weight(e));
                     }
                     __syncthreads();
                     uint32_t more;
-                    const uint32_t digit = bin_of(shared, target - above, more);
+                    const uint32_t digit = bin_of<BINS>(shared, target - above, more);
                     found = found << 11 | digit;
                     above += more;
                 }
@@ -323,7 +345,7 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
     uint32_t n_kept = 0, n_keys = 0, bits[(E + 31) / 32] = {};
 #pragma unroll
     for (int e = 0; e < E; ++e) {
-        const uint32_t key = __float_as_uint(p[e]);
+        const uint32_t key = order(e);
         const bool keep = from + e < n && (key > least || (key == least && from + e <= last));
         if (keep) n_kept += 1, n_keys += size[e], bits[e / 32] |= 1u << e % 32;
     }
@@ -436,6 +458,7 @@ __device__ void select_opened(const Call &call, Shared &shared) {
 #define SELECT(E, THREADS)                                                                     \
     KERNEL(select_##E##_##THREADS, THREADS, (select_clusters<E, false, THREADS, Level::FLAT>)) \
     KERNEL(select_##E##_##THREADS##_mass, THREADS, (select_clusters<E, true, THREADS, Level::FLAT>))
+#define ALONE(E, THREADS) KERNEL(select_alone_##E##_##THREADS, THREADS, (select_clusters<E, false, THREADS, Level::ALONE>))
 #define COARSE(E, THREADS) \
     KERNEL(select_coarse_##E##_##THREADS, THREADS, (select_clusters<E, false, THREADS, Level::COARSE>))
 #define OPENED(E, THREADS)                                                             \
@@ -446,6 +469,11 @@ SELECT(8, 1024)
 SELECT(16, 1024)
 SELECT(32, 1024)
 SELECT(64, 1024)
+ALONE(4, 512)
+ALONE(8, 1024)
+ALONE(16, 1024)
+ALONE(32, 1024)
+ALONE(64, 1024)
 COARSE(4, 512)
 COARSE(8, 1024)
 COARSE(64, 1024)

@@ -14,7 +14,7 @@ awk '
         printf "%-26s %-8s %4d registers %6d bytes spilled %6d bytes shared\n", name, arch, registers, spill, shared
         kernels++
         # Those for more than 8K clusters, and by mass, hold more than a thread has registers for.
-        if (spill > 128 && name !~ /^select_(opened_|coarse_)?(16|32|64)|_mass$/) { bad = bad " " name }
+        if (spill > 128 && name !~ /^select_(alone_|opened_|coarse_)?(16|32|64)|_mass$/) { bad = bad " " name }
         shared = 0
     }
     END {

@@ -444,8 +444,8 @@ fn the_oracle_opens_the_best_coarse_clusters_up_to_their_share() {
         let selection = Selection { mode: Mode::Budget(0.1), coarse_share: share, ..base.selection };
         let mut case = Case::new(&Spec { seed: seed as u64, selection, ..base.clone() });
         let view = case.call.bindings[0].index.layer(LAYER).unwrap();
-        let (bounds, offsets) = (view.head_coarse_offsets(1), view.head_offsets(1));
-        let keys = |j: u32| offsets[bounds[j as usize + 1] as usize] - offsets[bounds[j as usize] as usize];
+        let (bounds, before) = (view.head_coarse_offsets(1), view.head_coarse_keys(1));
+        let keys = |j: u32| before[j as usize + 1] - before[j as usize];
         let opened = oracle::opened(&case.call, 0, 1);
         let kept = oracle::selection(&case.call, 0, 1);
         let p = oracle::coarse_scores(&case.call, 0, 1);

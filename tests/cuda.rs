@@ -490,19 +490,11 @@ fn calls_that_do_not_fit_are_refused_with_the_reason() {
 fn of_equal_clusters_the_first_are_kept() {
     let Some(device) = gpu() else { return };
     for (n_prefix, n_cluster) in [(3000, 900), (3000, 2900), (30000, 9000), (70000, 40000)] {
-        for spread in [Spread::None, Spread::Radius] {
+        for (spread, group) in [(Spread::None, 2), (Spread::Radius, 2), (Spread::Radius, 1)] {
             let selection =
                 Selection { mode: Mode::Budget(0.3), spread, alpha: 2.0, estimate: false, coarse_share: 1.0 };
-            let spec = Spec {
-                n_prefix,
-                n_cluster,
-                n_query: 1,
-                n_head_kv: 1,
-                group: 2,
-                mask: false,
-                selection,
-                ..Spec::base()
-            };
+            let spec =
+                Spec { n_prefix, n_cluster, n_query: 1, n_head_kv: 1, group, mask: false, selection, ..Spec::base() };
             let mut case = Case::new(&spec);
             case.q.fill(0.0);
             case.call.problem.q.data = case.q.as_mut_ptr().cast();

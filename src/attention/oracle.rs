@@ -140,7 +140,7 @@ pub fn opened(call: &Call, row: usize, head_kv: usize) -> Option<Vec<u32>> {
         return None;
     }
     let order = best_first(&coarse_scores(call, row, head_kv), |_| true);
-    let mut opened = until_share(call, row, &order, &coarse_keys(&view, head_kv), share);
+    let mut opened = until_share(call, row, &order, &view.head_coarse_keys(head_kv), share);
     opened.sort_unstable();
     Some(opened)
 }
@@ -149,19 +149,13 @@ pub fn opened(call: &Call, row: usize, head_kv: usize) -> Option<Vec<u32>> {
 pub fn coarse_scores(call: &Call, row: usize, head_kv: usize) -> Vec<f64> {
     let tile = call.tile_of(row);
     let power = if tile.len() > 1 { 2 } else { 1 };
-    let (offsets, group) = (coarse_keys(&bound(call, row).1, head_kv), call.problem.n_group());
+    let (offsets, group) = (bound(call, row).1.head_coarse_keys(head_kv), call.problem.n_group());
     let mut p = vec![0.0; offsets.len() - 1];
     for (row, head) in tile.flat_map(|row| (head_kv * group..(head_kv + 1) * group).map(move |head| (row, head))) {
         let x = coarse_logits(call, row, head);
         softmax(&x, &sink_logits(call, row, head), &offsets, &[], &mut p, group, power);
     }
     p
-}
-
-/// Keys before each coarse cluster: `Cc + 1` numbers.
-fn coarse_keys(view: &LayerView<'_>, head_kv: usize) -> Vec<u32> {
-    let fine = view.head_offsets(head_kv);
-    view.head_coarse_offsets(head_kv).iter().map(|i| fine[*i as usize]).collect()
 }
 
 /// `s q.c`; -inf where it is not finite.
@@ -231,7 +225,7 @@ fn scores_alone(call: &Call, row: usize, head_kv: usize, opened: Option<&[u32]>,
         let sinks = sink_logits(call, row, head);
         let mut rest = Vec::new();
         if let Some(opened) = opened {
-            let keys = coarse_keys(&view, head_kv);
+            let keys = view.head_coarse_keys(head_kv);
             let coarse = coarse_logits(call, row, head);
             let closed = (0..coarse.len()).filter(|j| !opened.contains(&(*j as u32)));
             rest.extend(closed.map(|j| ((keys[j + 1] - keys[j]) as f64, coarse[j])));

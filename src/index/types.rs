@@ -289,6 +289,11 @@ impl<'a> LayerView<'a> {
         let n = self.shape.n_coarse as usize + 1;
         &self.coarse_offsets[head_kv * n..(head_kv + 1) * n]
     }
+    /// Keys before each of one KV head's coarse clusters, `Cc + 1` numbers. There must be a coarse level.
+    pub fn head_coarse_keys(&self, head_kv: usize) -> Vec<u32> {
+        let offsets = self.head_offsets(head_kv);
+        self.head_coarse_offsets(head_kv).iter().map(|i| offsets[*i as usize]).collect()
+    }
     /// N, clustered keys per KV head.
     #[inline]
     pub fn n_clustered(&self) -> usize {

@@ -54,9 +54,6 @@ pub const STAGES: [&str; 6] = ["coarse lookup", "coarse select", "lookup", "sele
 pub struct Attention {
     device: Arc<Device>,
     plan: Plan,
-    parameters: params::Call,
-    /// Those of the coarse level.
-    coarse: Option<params::Call>,
 }
 
 impl Attention {
@@ -65,7 +62,7 @@ impl Attention {
     /// # Errors
     /// The call is not supported, or the workspace is too small for it.
     pub fn new(device: &Arc<Device>, call: &Call<'_>, workspace: &Workspace) -> Result<Attention, Error> {
-        let plan = Plan::new(device, call)?;
+        let mut plan = Plan::new(device, call)?;
         demand(
             "the workspace",
             plan.bytes <= workspace.bytes(),
@@ -87,14 +84,14 @@ impl Attention {
             state: at(plan.state),
             ..plan.parameters
         };
-        let coarse = plan.coarse.as_ref().map(|c| {
+        if let Some(c) = &mut plan.coarse {
             parameters.opened = at(c.opened);
             parameters.opened_entries = at(c.entries);
             parameters.opened_directory = at(c.directory);
             parameters.dropped = at(c.dropped);
             parameters.list = at(c.list);
             parameters.ids = optional(c.ids, call.selection.estimate);
-            params::Call {
+            c.parameters = params::Call {
                 y: at(c.y),
                 partial: at(c.partial),
                 check: at(plan.check),
@@ -103,9 +100,10 @@ impl Attention {
                 directory: at(c.directory),
                 dropped: at(c.dropped),
                 ..c.parameters
-            }
-        });
-        Ok(Attention { device: device.clone(), plan, parameters, coarse })
+            };
+        }
+        plan.parameters = parameters;
+        Ok(Attention { device: device.clone(), plan })
     }
 
     /// Puts the call on a stream. Waits for nothing, allocates nothing.
@@ -129,25 +127,24 @@ impl Attention {
     /// # Safety
     /// As for `launch`.
     pub unsafe fn launch_stage(&self, stage: usize, stream: sys::CUstream) -> Result<(), Error> {
-        let (p, plan) = (&self.parameters, &self.plan);
+        let (p, plan) = (&self.plan.parameters, &self.plan);
         let kernels = &self.device.heads[plan.head];
         let lookup = |p: &params::Call| [CHECK_BLOCKS as u32 + p.n_head_kv + p.lookup_blocks, p.n_bound, 1];
         let pairs = [p.n_row, p.n_head_kv, 1];
-        let by_mass = (p.mode == MODE_MASS) as usize;
         let device = &self.device;
-        let (function, grid, threads, parameters) = match (stage, &plan.coarse, &self.coarse) {
-            (0 | 2, ..) if p.n_bound == 0 => return Ok(()),
-            (0, Some(_), Some(coarse)) => (kernels.lookup[0], lookup(coarse), [LOOKUP_THREADS, 1], coarse),
-            (1, Some(own), Some(coarse)) => (device.select_coarse[own.select], pairs, [own.select_threads, 1], coarse),
-            (0 | 1, ..) => return Ok(()),
-            (2, Some(_), _) => {
+        let (function, grid, threads, parameters) = match (stage, &plan.coarse) {
+            (0 | 2, _) if p.n_bound == 0 => return Ok(()),
+            (0, Some(c)) => (kernels.lookup[0], lookup(&c.parameters), [LOOKUP_THREADS, 1], &c.parameters),
+            (1, Some(c)) => (device.select_coarse[c.select], pairs, [c.select_threads, 1], &c.parameters),
+            (0 | 1, None) => return Ok(()),
+            (2, Some(_)) => {
                 let blocks = p.n_bound * p.n_head_kv + p.n_row * p.n_head_kv * p.n_part;
                 (kernels.opened[plan.diag], [blocks, 1, 1], [LOOKUP_THREADS, 1], p)
             }
-            (2, None, _) => (kernels.lookup[plan.diag], lookup(p), [LOOKUP_THREADS, 1], p),
-            (3, Some(_), _) => (device.select_opened[plan.select][by_mass], pairs, [plan.select_threads, 1], p),
-            (3, None, _) => (device.select[plan.select][by_mass], pairs, [plan.select_threads, 1], p),
-            (4, ..) => (kernels.attend[plan.wide], [p.n_block, 1, 1], [ATTEND_THREADS, 1], p),
+            (2, None) => (kernels.lookup[plan.diag], lookup(p), [LOOKUP_THREADS, 1], p),
+            (3, Some(_)) => (device.select_opened[plan.select][plan.by], pairs, [plan.select_threads, 1], p),
+            (3, None) => (device.select[plan.select][plan.by], pairs, [plan.select_threads, 1], p),
+            (4, _) => (kernels.attend[plan.wide], [p.n_block, 1, 1], [ATTEND_THREADS, 1], p),
             _ => (kernels.merge, [p.n_row * p.n_head_kv, p.group, 1], [HEAD_DIMS[plan.head], MERGE_GROUPS], p),
         };
         // SAFETY: the kernels take one parameter, a `params::Call`; the rest is the caller's contract.
@@ -161,7 +158,7 @@ impl Attention {
     /// The driver refuses.
     #[doc(hidden)]
     pub fn opened(&self, workspace: &Workspace, row: usize, head_kv: usize) -> Result<Option<Vec<u32>>, Error> {
-        let (p, Some(coarse)) = (&self.parameters, &self.plan.coarse) else { return Ok(None) };
+        let (p, Some(coarse)) = (&self.plan.parameters, &self.plan.coarse) else { return Ok(None) };
         let pair = head_kv * p.n_row as usize + row;
         let work: Vec<u32> = workspace.buffer.read(coarse.opened + pair * size_of::<Work>(), 2)?;
         if work[0] as i32 == -1 {
@@ -186,7 +183,7 @@ impl Attention {
         head_kv: usize,
         n_cluster: usize,
     ) -> Result<Vec<Vec<f32>>, Error> {
-        let p = &self.parameters;
+        let p = &self.plan.parameters;
         let pair = head_kv * p.n_row as usize + row;
         let ln = |y: f32| y * std::f32::consts::LN_2;
         let at = |g: usize| self.plan.y + 4 * p.n_cluster as usize * (pair * p.group as usize + g);
@@ -201,7 +198,7 @@ impl Attention {
     /// # Errors
     /// The driver refuses.
     pub fn kept(&self, workspace: &Workspace, row: usize, head_kv: usize) -> Result<Option<(Vec<u32>, u32)>, Error> {
-        let p = &self.parameters;
+        let p = &self.plan.parameters;
         let pair = head_kv * p.n_row as usize + row;
         let work: Vec<u32> = workspace.buffer.read(self.plan.work + pair * size_of::<Work>(), 3)?;
         if work[0] as i32 == -1 {

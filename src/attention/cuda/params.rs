@@ -52,7 +52,6 @@ pub(super) struct Layer {
     pub n_clustered: u32,
     pub n_prefix: u32,
     pub n_sink: u32,
-    pub unused: u32,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -187,7 +186,7 @@ mod tests {
             assert_eq!(of(name), own, "{name}");
         }
         let select = include_str!("../../../kernels/select.cu");
-        let all = [("SELECT", &SELECT[..]), ("COARSE", &SELECT_COARSE), ("OPENED", &SELECT_OPENED)];
+        let all = [("SELECT", &SELECT[..]), ("ALONE", &SELECT), ("COARSE", &SELECT_COARSE), ("OPENED", &SELECT_OPENED)];
         for (kind, (e, t)) in all.iter().flat_map(|(kind, variants)| variants.iter().map(move |v| (kind, v))) {
             assert!(select.contains(&format!("\n{kind}({e}, {t})\n")), "{kind}({e}, {t})");
         }

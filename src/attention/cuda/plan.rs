@@ -15,7 +15,7 @@ const WAVE_TILES: usize = 16;
 /// Clusters per KV head that select takes.
 const MAX_CLUSTERS: usize = SELECT[SELECT.len() - 1].0 * SELECT[SELECT.len() - 1].1;
 
-/// Offsets of the workspace's parts, and the parameters without addresses.
+/// Offsets of the workspace's parts, and the parameters, to which `Attention` adds the addresses.
 pub(super) struct Plan {
     pub(super) parameters: params::Call,
     pub(super) head: usize,
@@ -34,6 +34,8 @@ pub(super) struct Plan {
     pub(super) kept: usize,
     pub(super) span: usize,
     pub(super) state: usize,
+    /// What select goes by: keys, mass, or keys with groups of one head.
+    pub(super) by: usize,
     pub(super) coarse: Option<Coarse>,
     pub(super) bytes: usize,
 }
@@ -203,6 +205,11 @@ impl Plan {
         let n_cluster = n_cluster.next_multiple_of(32);
         let n_tile = n_cluster / TILE;
         let max_tiles = n_member.div_ceil(TILE) + 1;
+        let by = match mode {
+            Mode::Mass(_) => 1,
+            Mode::Budget(_) if group == 1 && n_coarse == 0 => 2,
+            _ => 0,
+        };
         let mut c = Carver::default();
         let scores = n_column * n_cluster;
         let partials = 2 * n_column * (n_tile + SINK_TILES);
@@ -222,6 +229,7 @@ impl Plan {
             kept: c.area::<u32>(if estimate { n_pair * n_cluster / 32 } else { 0 }),
             span: c.area::<u64>(n_pair),
             state: c.area::<u8>(state_bytes * n_block * max_waves),
+            by,
             coarse: None,
             bytes: 0,
             parameters: params::Call {

@@ -69,9 +69,10 @@ impl Resident {
 }
 
 /// Rows of offsets on multiples of 16 bytes, for loads of four: all rows, and the length of one.
-fn padded<'a>(rows: impl Iterator<Item = &'a [u32]>) -> (Vec<u32>, u32) {
+fn padded<T: AsRef<[u32]>>(rows: impl Iterator<Item = T>) -> (Vec<u32>, u32) {
     let (mut out, mut stride) = (Vec::new(), 0);
     for row in rows {
+        let row = row.as_ref();
         out.extend_from_slice(row);
         out.resize(out.len().next_multiple_of(4), 0);
         stride = row.len().next_multiple_of(4) as u32;
@@ -85,14 +86,13 @@ fn upload(index: &Index, view: &LayerView<'_>, device: &Arc<Device>) -> Result<(
     // One width on the device: an index of short prefixes has 16-bit members.
     let members: Vec<u32> = (0..view.members.len()).map(|i| view.members.get(i)).collect();
     let (offsets, offset_stride) = padded((0..heads).map(|h| view.head_offsets(h)));
+    let layered = view.shape.n_coarse > 0;
     let one = [0, n_cluster];
-    let bounds = |h| if view.shape.n_coarse > 0 { view.head_coarse_offsets(h) } else { &one };
-    let keys = |h| -> Vec<u32> { bounds(h).iter().map(|i| view.head_offsets(h)[*i as usize]).collect() };
-    let keys: Vec<Vec<u32>> = (0..heads).map(keys).collect();
-    let (coarse_fine, _) = padded((0..heads).map(bounds));
-    let (coarse_keys, coarse_stride) = padded(keys.iter().map(|k| &k[..]));
-    let nothing = vec![f16::ZERO; if view.shape.n_coarse > 0 { 0 } else { heads * view.shape.head_dim_k as usize }];
-    let coarse_centroids = if view.shape.n_coarse > 0 { view.coarse_centroids } else { &nothing };
+    let (coarse_fine, _) = padded((0..heads).map(|h| if layered { view.head_coarse_offsets(h) } else { &one[..] }));
+    let keys = |h| if layered { view.head_coarse_keys(h) } else { vec![0, n_clustered] };
+    let (coarse_keys, coarse_stride) = padded((0..heads).map(keys));
+    let nothing = vec![f16::ZERO; if layered { 0 } else { heads * view.shape.head_dim_k as usize }];
+    let coarse_centroids = if layered { view.coarse_centroids } else { &nothing };
     let parts: [&[u8]; 10] = [
         bytemuck::cast_slice(view.centroids),
         bytemuck::cast_slice(view.mean_values),
@@ -129,7 +129,6 @@ fn upload(index: &Index, view: &LayerView<'_>, device: &Arc<Device>) -> Result<(
         n_clustered,
         n_prefix,
         n_sink,
-        unused: 0,
     };
     let coarse = Layer {
         centroids: coarse[0],
