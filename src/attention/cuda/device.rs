@@ -44,8 +44,9 @@ pub struct Device {
     context: sys::CUcontext,
     modules: Vec<sys::CUmodule>,
     name: String,
-    /// For each of `params::SELECT`: by keys, by mass, and by keys for groups of one head.
-    pub(super) select: [[sys::CUfunction; 3]; params::SELECT.len()],
+    /// For each of `params::SELECT`: by keys, and by mass.
+    pub(super) select: [[sys::CUfunction; 2]; params::SELECT.len()],
+    pub(super) select_alone: [sys::CUfunction; params::SELECT_ALONE.len()],
     pub(super) select_coarse: [sys::CUfunction; params::SELECT_COARSE.len()],
     /// By keys, and by mass.
     pub(super) select_opened: [[sys::CUfunction; 2]; params::SELECT_OPENED.len()],
@@ -117,7 +118,8 @@ impl Device {
             context,
             modules: Vec::new(),
             name,
-            select: [[NONE; 3]; params::SELECT.len()],
+            select: [[NONE; 2]; params::SELECT.len()],
+            select_alone: [NONE; params::SELECT_ALONE.len()],
             select_coarse: [NONE; params::SELECT_COARSE.len()],
             select_opened: [[NONE; 2]; params::SELECT_OPENED.len()],
             heads: [(); 2].map(|()| Kernels {
@@ -180,8 +182,10 @@ impl Device {
             Ok([function(select, &name)?, function(select, &format!("{name}_mass"))?])
         };
         for (to, of) in self.select.iter_mut().zip(params::SELECT) {
-            let [keys, mass] = variant("", of)?;
-            *to = [keys, mass, function(select, &format!("select_alone_{}_{}", of.0, of.1))?];
+            *to = variant("", of)?;
+        }
+        for (to, (each, threads)) in self.select_alone.iter_mut().zip(params::SELECT_ALONE) {
+            *to = function(select, &format!("select_alone_{each}_{threads}"))?;
         }
         for (to, (each, threads)) in self.select_coarse.iter_mut().zip(params::SELECT_COARSE) {
             *to = function(select, &format!("select_coarse_{each}_{threads}"))?;

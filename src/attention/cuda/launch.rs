@@ -131,6 +131,7 @@ impl Attention {
         let kernels = &self.device.heads[plan.head];
         let lookup = |p: &params::Call| [CHECK_BLOCKS as u32 + p.n_head_kv + p.lookup_blocks, p.n_bound, 1];
         let pairs = [p.n_row, p.n_head_kv, 1];
+        let by_mass = (p.mode == MODE_MASS) as usize;
         let device = &self.device;
         let (function, grid, threads, parameters) = match (stage, &plan.coarse) {
             (0 | 2, _) if p.n_bound == 0 => return Ok(()),
@@ -142,8 +143,9 @@ impl Attention {
                 (kernels.opened[plan.diag], [blocks, 1, 1], [LOOKUP_THREADS, 1], p)
             }
             (2, None) => (kernels.lookup[plan.diag], lookup(p), [LOOKUP_THREADS, 1], p),
-            (3, Some(_)) => (device.select_opened[plan.select][plan.by], pairs, [plan.select_threads, 1], p),
-            (3, None) => (device.select[plan.select][plan.by], pairs, [plan.select_threads, 1], p),
+            (3, Some(_)) => (device.select_opened[plan.select][by_mass], pairs, [plan.select_threads, 1], p),
+            (3, None) if plan.alone => (device.select_alone[plan.select], pairs, [plan.select_threads, 1], p),
+            (3, None) => (device.select[plan.select][by_mass], pairs, [plan.select_threads, 1], p),
             (4, _) => (kernels.attend[plan.wide], [p.n_block, 1, 1], [ATTEND_THREADS, 1], p),
             _ => (kernels.merge, [p.n_row * p.n_head_kv, p.group, 1], [HEAD_DIMS[plan.head], MERGE_GROUPS], p),
         };

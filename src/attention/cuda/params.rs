@@ -19,7 +19,10 @@ pub(super) const MERGE_GROUPS: usize = 4;
 pub(super) const SINK_TILES: usize = 8;
 /// Variants of select: clusters per thread, and threads at most.
 pub(super) const SELECT: [(usize, usize); 5] = [(4, 512), (8, 1024), (16, 1024), (32, 1024), (64, 1024)];
-/// The same over coarse clusters, and over fine ones of opened coarse ones.
+/// The same for groups of one head under a budget; more clusters per thread do not fit in its registers there. Otherwise the first
+/// of `SELECT`.
+pub(super) const SELECT_ALONE: [(usize, usize); 3] = [(4, 512), (8, 1024), (16, 1024)];
+/// Over coarse clusters, and over fine ones of opened coarse ones.
 pub(super) const SELECT_COARSE: [(usize, usize); 3] = [(4, 512), (8, 1024), (64, 1024)];
 pub(super) const SELECT_OPENED: [(usize, usize); 2] = [(4, 512), (64, 1024)];
 /// (row, KV head) pairs of a call, and query heads per KV head, at most.
@@ -186,7 +189,8 @@ mod tests {
             assert_eq!(of(name), own, "{name}");
         }
         let select = include_str!("../../../kernels/select.cu");
-        let all = [("SELECT", &SELECT[..]), ("ALONE", &SELECT), ("COARSE", &SELECT_COARSE), ("OPENED", &SELECT_OPENED)];
+        let all =
+            [("SELECT", &SELECT[..]), ("ALONE", &SELECT_ALONE), ("COARSE", &SELECT_COARSE), ("OPENED", &SELECT_OPENED)];
         for (kind, (e, t)) in all.iter().flat_map(|(kind, variants)| variants.iter().map(move |v| (kind, v))) {
             assert!(select.contains(&format!("\n{kind}({e}, {t})\n")), "{kind}({e}, {t})");
         }

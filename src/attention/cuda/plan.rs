@@ -34,8 +34,8 @@ pub(super) struct Plan {
     pub(super) kept: usize,
     pub(super) span: usize,
     pub(super) state: usize,
-    /// What select goes by: keys, mass, or keys with groups of one head.
-    pub(super) by: usize,
+    /// That of `SELECT_ALONE`.
+    pub(super) alone: bool,
     pub(super) coarse: Option<Coarse>,
     pub(super) bytes: usize,
 }
@@ -205,11 +205,7 @@ impl Plan {
         let n_cluster = n_cluster.next_multiple_of(32);
         let n_tile = n_cluster / TILE;
         let max_tiles = n_member.div_ceil(TILE) + 1;
-        let by = match mode {
-            Mode::Mass(_) => 1,
-            Mode::Budget(_) if group == 1 && n_coarse == 0 => 2,
-            _ => 0,
-        };
+        let alone = group == 1 && matches!(mode, Mode::Budget(_)) && n_coarse == 0 && select < SELECT_ALONE.len();
         let mut c = Carver::default();
         let scores = n_column * n_cluster;
         let partials = 2 * n_column * (n_tile + SINK_TILES);
@@ -229,7 +225,7 @@ impl Plan {
             kept: c.area::<u32>(if estimate { n_pair * n_cluster / 32 } else { 0 }),
             span: c.area::<u64>(n_pair),
             state: c.area::<u8>(state_bytes * n_block * max_waves),
-            by,
+            alone,
             coarse: None,
             bytes: 0,
             parameters: params::Call {
