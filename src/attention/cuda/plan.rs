@@ -12,6 +12,8 @@ const WORKSPACE_MAX: usize = 256 << 20;
 const STATE_MAX: usize = 64 << 20;
 /// Tiles that a block of attend should have per wave, where there are waves.
 const WAVE_TILES: usize = 16;
+/// With more clusters than these, groups of one head are selected by a kernel of their own.
+const ALONE_MIN: usize = 1024;
 /// Clusters per KV head that select takes.
 const MAX_CLUSTERS: usize = SELECT[SELECT.len() - 1].0 * SELECT[SELECT.len() - 1].1;
 
@@ -205,7 +207,8 @@ impl Plan {
         let n_cluster = n_cluster.next_multiple_of(32);
         let n_tile = n_cluster / TILE;
         let max_tiles = n_member.div_ceil(TILE) + 1;
-        let alone = group == 1 && matches!(mode, Mode::Budget(_)) && n_coarse == 0 && select < SELECT_ALONE.len();
+        let fits = n_cluster > ALONE_MIN && select < SELECT_ALONE.len();
+        let alone = group == 1 && matches!(mode, Mode::Budget(_)) && n_coarse == 0 && fits;
         let mut c = Carver::default();
         let scores = n_column * n_cluster;
         let partials = 2 * n_column * (n_tile + SINK_TILES);
