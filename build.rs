@@ -10,7 +10,19 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const STAGES: [&str; 5] = ["digest", "lookup", "select", "attend", "merge"];
+const KERNELS: [&str; 11] = [
+    "digest",
+    "lookup",
+    "select",
+    "attend",
+    "merge",
+    "kmeans_unit",
+    "kmeans_assign",
+    "kmeans_sort",
+    "kmeans_repair",
+    "kmeans_centre",
+    "kmeans_summary",
+];
 const DEFAULT_ARCHS: &str = "90";
 /// Oldest architecture of the PTX.
 const PTX: &str = "80";
@@ -42,12 +54,12 @@ fn main() {
     let mut code = format!(
         "/// Why the kernels are not built in; empty if they are.\npub(super) const MISSING: &str = {reason:?};\n"
     );
-    for stage in STAGES {
-        let path = out.join(format!("{stage}.fatbin"));
+    for kernel in KERNELS {
+        let path = out.join(format!("{kernel}.fatbin"));
         if !reason.is_empty() {
             fs::write(&path, []).expect("OUT_DIR can be written");
         }
-        code += &format!("pub(super) static {}: &[u8] = include_bytes!({path:?});\n", stage.to_uppercase());
+        code += &format!("pub(crate) static {}: &[u8] = include_bytes!({path:?});\n", kernel.to_uppercase());
     }
     fs::write(out.join("fatbins.rs"), code).expect("OUT_DIR can be written");
 }
@@ -83,10 +95,10 @@ fn compile(nvcc: &Path, out: &Path) -> Result<(), String> {
     let compression = compression(nvcc);
     let archs = env::var("GGML_SQUEEZE_CUDA_ARCHS").unwrap_or_else(|_| DEFAULT_ARCHS.into());
     let mut log = String::new();
-    for stage in STAGES {
+    for kernel in KERNELS {
         let mut command = Command::new(nvcc);
         command.args(["-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v", "--threads", "0", "-fatbin", "-o"]);
-        command.arg(out.join(format!("{stage}.fatbin"))).arg(format!("kernels/{stage}.cu"));
+        command.arg(out.join(format!("{kernel}.fatbin"))).arg(format!("kernels/{kernel}.cu"));
         command.args(compression);
         for arch in archs.split_whitespace() {
             command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
@@ -95,7 +107,7 @@ fn compile(nvcc: &Path, out: &Path) -> Result<(), String> {
         let result = command.output().map_err(|e| format!("{} cannot be run: {e}", nvcc.display()))?;
         let said = String::from_utf8_lossy(&result.stderr);
         if !result.status.success() {
-            return Err(format!("{} failed on {stage}.cu: {}", nvcc.display(), said.replace('\n', " ")));
+            return Err(format!("{} failed on {kernel}.cu: {}", nvcc.display(), said.replace('\n', " ")));
         }
         log += &said;
     }

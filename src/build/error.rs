@@ -35,6 +35,19 @@ pub enum BuildError {
     )]
     Differs { what: &'static str, old: String, new: String },
 
+    /// Only where clustering runs on a GPU, as the next two.
+    #[error(
+        "layer {layer}: clustering one KV head takes {bytes} bytes of GPU memory, {free} are free: free some (a smaller context, \
+         fewer layers on the GPU, no other program), or cluster on the CPU"
+    )]
+    DeviceMemory { layer: u32, bytes: usize, free: usize },
+
+    #[error("layer {layer}: {what} is {got}, clustering on a GPU takes {wanted}: cluster on the CPU")]
+    DeviceShape { layer: u32, what: &'static str, got: String, wanted: &'static str },
+
+    #[error("clustering on the GPU failed: {reason}; cluster on the CPU")]
+    Device { reason: String },
+
     #[error("could not start {n_threads} worker threads ({reason}): ask for fewer")]
     Threads { n_threads: usize, reason: String },
 }

@@ -5,6 +5,7 @@
 //! done [`calibrate`] finds the global thresholds and targets. [`sketch`] and [`probe`] keep what binding needs.
 
 mod calibrate;
+pub mod cuda;
 mod error;
 mod extend;
 mod kmeans;
@@ -165,7 +166,13 @@ fn pool(settings: &Settings) -> Result<rayon::ThreadPool, BuildError> {
 /// N of a capture that has passed every check.
 fn n_clustered(capture: &LayerCapture, settings: &Settings) -> Result<usize, BuildError> {
     let n_prefix = capture.checked_prefix()?;
-    check_queries(capture, settings)?;
+    let row = capture.row_k() * capture.n_group as usize;
+    check_queries(capture.layer, row, capture.scale, &capture.q, settings)?;
+    between(n_prefix, settings)
+}
+
+/// Keys between the sinks and the window.
+fn between(n_prefix: usize, settings: &Settings) -> Result<usize, BuildError> {
     let beside = (settings.n_sink + settings.n_window) as usize;
     match n_prefix.checked_sub(beside) {
         None | Some(0) => Err(BuildError::TooShort { n_prefix, needed: beside + 1 }),
@@ -301,18 +308,18 @@ fn check_settings(settings: &Settings) -> Result<(), BuildError> {
     Ok(())
 }
 
-fn check_queries(capture: &LayerCapture, settings: &Settings) -> Result<(), BuildError> {
-    let (layer, found) = (capture.layer, capture.q.len());
-    let row = capture.row_k() * capture.n_group as usize;
+/// `row`: elements of a token's queries, all heads.
+fn check_queries(layer: u32, row: usize, scale: f32, q: &[f32], settings: &Settings) -> Result<(), BuildError> {
+    let found = q.len();
     if found != settings.n_window as usize * row {
         let expected = format!("{} window tokens x {row}", settings.n_window);
         return Err(BuildError::Shape { layer, what: "the window's queries", found, expected });
     }
-    if let Some(i) = capture.q.iter().position(|x| !x.is_finite()) {
+    if let Some(i) = q.iter().position(|x| !x.is_finite()) {
         return Err(BuildError::NonFinite { layer, what: "window query", token: i / row });
     }
-    if !capture.scale.is_finite() || capture.scale <= 0.0 {
-        let (value, wanted) = (capture.scale.to_string(), "the softmax scale of the attention op, above 0");
+    if !scale.is_finite() || scale <= 0.0 {
+        let (value, wanted) = (scale.to_string(), "the softmax scale of the attention op, above 0");
         return Err(BuildError::Setting { name: "scale", value, wanted });
     }
     Ok(())

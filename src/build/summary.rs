@@ -7,7 +7,7 @@ use super::kmeans::group;
 use crate::index::LayerView;
 
 /// Below this the largest variance of a cluster counts as none: its keys are equal, or there is one.
-const NO_VARIANCE: f64 = 1e-12;
+pub(super) const NO_VARIANCE: f64 = 1e-12;
 
 /// The keys of one KV head: rows `first..first + n` of a `[P][stride]` array, `dim` elements from `column` on.
 #[derive(Clone, Copy)]

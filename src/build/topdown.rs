@@ -10,10 +10,10 @@ use super::matmul::dot_rows;
 use crate::random::split_mix;
 
 /// Keys per coarse cluster in the sample that finds the coarse clusters.
-const SAMPLE: usize = 32;
+pub(super) const SAMPLE: usize = 32;
 /// Coarse clusters whose fine clusters a key is compared with in a refinement.
 pub(super) const NEAR: usize = 16;
-const REFINEMENTS: usize = 3;
+pub(super) const REFINEMENTS: usize = 3;
 /// Fewer keys are clustered in one level.
 const LEAST_KEYS: usize = 16384;
 
@@ -122,7 +122,7 @@ fn coarse(
 
 /// `total` clusters over coarse clusters of `sizes` keys: at least 1 and at most one per key each, otherwise in proportion to
 /// the keys (by the method of Webster and Sainte-Lague).
-fn allot(sizes: &[usize], total: usize) -> Vec<usize> {
+pub(super) fn allot(sizes: &[usize], total: usize) -> Vec<usize> {
     use std::cmp::Ordering;
     use std::collections::BinaryHeap;
 

@@ -14,7 +14,7 @@ include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 const DRIVER_MIN: c_int = 12000;
 
 impl Error {
-    pub(super) fn driver(what: &'static str) -> impl Fn(DriverError) -> Error {
+    pub(crate) fn driver(what: &'static str) -> impl Fn(DriverError) -> Error {
         move |e| {
             let code = e.error_string().map_or_else(|_| format!("{:?}", e.0), |s| s.to_string_lossy().into_owned());
             Error::Driver { what, code }
@@ -199,13 +199,13 @@ impl Device {
     /// Puts a kernel on a stream. `early`: it may start while the one before it ends, where the GPU can.
     ///
     /// # Safety
-    /// The kernel takes one `params::Call`; `stream` is one of the primary context; every address is valid when it runs.
-    pub(super) unsafe fn start(
+    /// The kernel takes one `P`; `stream` is one of the primary context; every address is valid when it runs.
+    pub(crate) unsafe fn start<P>(
         &self,
         function: sys::CUfunction,
         grid: [u32; 3],
         threads: [usize; 2],
-        parameters: &params::Call,
+        parameters: &P,
         early: bool,
         stream: sys::CUstream,
     ) -> Result<(), Error> {

@@ -68,16 +68,27 @@ impl Buffer {
     /// # Panics
     /// There are not so many.
     pub fn read<T: bytemuck::AnyBitPattern>(&self, at: usize, n: usize) -> Result<Vec<T>, Error> {
-        assert!(at + n * size_of::<T>() <= self.bytes, "a read past the end of device memory");
+        let mut out = vec![<T as bytemuck::Zeroable>::zeroed(); n];
+        self.read_to(at, &mut out)?;
+        Ok(out)
+    }
+
+    /// The same, to memory of the caller's.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    ///
+    /// # Panics
+    /// There are not so many.
+    pub fn read_to<T: bytemuck::AnyBitPattern>(&self, at: usize, out: &mut [T]) -> Result<(), Error> {
+        assert!(at + size_of_val(out) <= self.bytes, "a read past the end of device memory");
         self.device.enter()?;
         result::ctx::synchronize().map_err(Error::driver("finish its work"))?;
-        let mut out = vec![<T as bytemuck::Zeroable>::zeroed(); n];
-        if n > 0 {
-            // SAFETY: inside the buffer; any bits are a T.
-            unsafe { result::memcpy_dtoh_sync(&mut out, self.at + at as u64) }
-                .map_err(Error::driver("copy from the device"))?;
+        if out.is_empty() {
+            return Ok(());
         }
-        Ok(out)
+        // SAFETY: inside the buffer; any bits are a T.
+        unsafe { result::memcpy_dtoh_sync(out, self.at + at as u64) }.map_err(Error::driver("copy from the device"))
     }
 
     /// Device address.
@@ -107,12 +118,12 @@ impl Drop for Buffer {
 
 /// Lays out consecutive areas, each on a multiple of 256 bytes.
 #[derive(Default)]
-pub(super) struct Carver {
-    pub(super) bytes: usize,
+pub(crate) struct Carver {
+    pub(crate) bytes: usize,
 }
 
 impl Carver {
-    pub(super) fn area<T>(&mut self, n: usize) -> usize {
+    pub(crate) fn area<T>(&mut self, n: usize) -> usize {
         let at = self.bytes;
         self.bytes = (at + n * size_of::<T>()).next_multiple_of(256);
         at

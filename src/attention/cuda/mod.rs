@@ -9,14 +9,18 @@ mod bound;
 mod device;
 mod launch;
 mod memory;
+mod module;
 mod params;
 mod plan;
 mod resident;
 
 pub use bound::Bound;
 pub use device::Device;
+pub(crate) use device::{KMEANS_ASSIGN, KMEANS_CENTRE, KMEANS_REPAIR, KMEANS_SORT, KMEANS_SUMMARY, KMEANS_UNIT};
 pub use launch::{Attention, Call, Workspace, STAGES};
 pub use memory::Buffer;
+pub(crate) use memory::Carver;
+pub(crate) use module::Module;
 pub use resident::Resident;
 
 /// Head sizes (of keys and values alike) that the kernels are built for.
