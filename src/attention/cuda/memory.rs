@@ -116,6 +116,61 @@ impl Drop for Buffer {
     }
 }
 
+/// Host memory that the GPU copies to by itself, at the full rate of the bus.
+pub(crate) struct Pinned {
+    device: Arc<Device>,
+    at: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: plain memory with one owner.
+unsafe impl Send for Pinned {}
+// SAFETY: written through `&mut` alone.
+unsafe impl Sync for Pinned {}
+
+impl Pinned {
+    /// `bytes` of zeros.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    pub(crate) fn new(device: &Arc<Device>, bytes: usize) -> Result<Pinned, Error> {
+        device.enter()?;
+        // SAFETY: freed in drop.
+        let at =
+            unsafe { result::malloc_host(bytes.max(1), 0) }.map_err(Error::driver("lock host memory"))?.cast::<u8>();
+        // SAFETY: just allocated with that many bytes.
+        unsafe { at.write_bytes(0, bytes) };
+        Ok(Pinned { device: device.clone(), at, bytes })
+    }
+
+    /// Copies from byte `at` of a buffer on until this is full. Waits for all work of the device and for the copy.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    ///
+    /// # Panics
+    /// There is not so much.
+    pub(crate) fn fill(&mut self, from: &Buffer, at: usize) -> Result<(), Error> {
+        // SAFETY: ours, initialised, and borrowed exclusively.
+        from.read_to(at, unsafe { std::slice::from_raw_parts_mut(self.at, self.bytes) })
+    }
+
+    /// What it holds.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: ours and initialised.
+        unsafe { std::slice::from_raw_parts(self.at, self.bytes) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if self.device.enter().is_ok() {
+            // SAFETY: ours.
+            let _ = unsafe { result::free_host(self.at.cast()) };
+        }
+    }
+}
+
 /// Lays out consecutive areas, each on a multiple of 256 bytes.
 #[derive(Default)]
 pub(crate) struct Carver {

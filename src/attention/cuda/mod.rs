@@ -19,7 +19,7 @@ pub use device::Device;
 pub(crate) use device::{KMEANS_ASSIGN, KMEANS_CENTRE, KMEANS_REPAIR, KMEANS_SORT, KMEANS_SUMMARY, KMEANS_UNIT};
 pub use launch::{Attention, Call, Workspace, STAGES};
 pub use memory::Buffer;
-pub(crate) use memory::Carver;
+pub(crate) use memory::{Carver, Pinned};
 pub(crate) use module::Module;
 pub use resident::Resident;
 

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use cudarc::driver::{result, sys};
 use half::f16;
+use half::vec::HalfBitsVecExt;
 use rayon::prelude::*;
 
 use super::{topdown, window_scores, BuildError, BuiltLayer, Settings};
@@ -150,14 +151,17 @@ impl Clusterer {
                 error => failed(error),
             })?);
         }
-        let Some(workspace) = &self.workspace else { unreachable!("made above") };
+        let Some(mut workspace) = self.workspace.take() else { unreachable!("made above") };
         let mut made = empty(&shape, layer);
-        for first in (0..shape.n_head).step_by(workspace.n_head) {
-            let n_head = workspace.n_head.min(shape.n_head - first);
-            self.batch(workspace, layer, first, n_head, &mut made)?;
+        let each = workspace.n_head;
+        let done = (0..shape.n_head).step_by(each).try_for_each(|first| {
+            let n_head = each.min(shape.n_head - first);
+            self.batch(&mut workspace, layer, first, n_head, &mut made)?;
             progress((first + n_head) as f32 / shape.n_head as f32);
-        }
-        Ok(made)
+            Ok(())
+        });
+        self.workspace = Some(workspace);
+        done.map(|()| made)
     }
 
     fn shape(&self, layer: &DeviceLayer<'_>) -> Result<Shape, BuildError> {
@@ -198,13 +202,13 @@ impl Clusterer {
     /// Heads `first..first + n_head` of a layer.
     fn batch(
         &self,
-        workspace: &Workspace,
+        workspace: &mut Workspace,
         layer: &DeviceLayer<'_>,
         first: usize,
         n_head: usize,
         made: &mut Clustered,
     ) -> Result<(), BuildError> {
-        let shape = &workspace.shape;
+        let shape = workspace.shape;
         let (Some(keys), Some(values)) = (self.kernels.of_size(shape.dk), self.kernels.of_size(shape.dv)) else {
             unreachable!("head sizes are checked before")
         };
@@ -250,7 +254,8 @@ impl Clusterer {
         run.summarise().map_err(failed)?;
         run.finish().map_err(failed)?;
         let start = Instant::now();
-        read(workspace, first, n_head, made).map_err(failed)?;
+        workspace.results.fill(&workspace.buffer, workspace.at.sinks).map_err(failed)?;
+        self.pool.install(|| take(workspace, first, n_head, made));
         made.copying += start.elapsed();
         Ok(())
     }
@@ -275,6 +280,11 @@ impl Clusterer {
     }
 }
 
+/// Pages of zeros that the system has yet to touch.
+fn zeros(n: usize) -> Vec<f16> {
+    vec![0u16; n].reinterpret_into()
+}
+
 /// A layer that is still to be read, batch by batch.
 fn empty(shape: &Shape, layer: &DeviceLayer<'_>) -> Clustered {
     let rows = shape.n_head * shape.n_cluster;
@@ -289,50 +299,51 @@ fn empty(shape: &Shape, layer: &DeviceLayer<'_>) -> Clustered {
             n_coarse: shape.n_coarse as u32,
             scale: layer.scale,
         },
-        centroids: vec![f16::ZERO; rows * shape.dk],
-        mean_values: vec![f16::ZERO; rows * shape.dv],
+        centroids: zeros(rows * shape.dk),
+        mean_values: zeros(rows * shape.dv),
         variances: vec![0; rows * shape.dk],
         variance_scales: vec![0.0; rows],
         radii: vec![0.0; rows],
         offsets: vec![0; rows + shape.n_head],
         members: vec![0; shape.n_head * shape.n_row],
-        coarse_centroids: vec![f16::ZERO; shape.n_head * shape.n_coarse * shape.dk],
+        coarse_centroids: zeros(shape.n_head * shape.n_coarse * shape.dk),
         coarse_offsets: Vec::new(),
     };
-    Clustered {
-        parts,
-        sinks: vec![f16::ZERO; shape.n_sink * shape.n_head * shape.dk],
-        products: 0,
-        copying: Duration::ZERO,
-    }
+    Clustered { parts, sinks: zeros(shape.n_sink * shape.n_head * shape.dk), products: 0, copying: Duration::ZERO }
 }
 
-/// Copies what a batch gave.
-fn read(workspace: &Workspace, first: usize, n_head: usize, made: &mut Clustered) -> Result<(), Error> {
-    /// The batch's part of an array that has `each` elements per head.
+/// Copies what a batch gave to where it belongs, with the threads of the current pool: most of the time goes into memory that is
+/// touched for the first time.
+fn take(workspace: &Workspace, first: usize, n_head: usize, made: &mut Clustered) {
+    /// Bytes of a copy that is worth a thread.
+    const PIECE: usize = 1 << 18;
+
+    /// The batch's part of arrays with some elements per head.
     struct Batch<'a>(&'a Workspace, usize, usize);
-    impl Batch<'_> {
-        fn read<T: bytemuck::AnyBitPattern>(&self, at: usize, to: &mut [T], each: usize) -> Result<(), Error> {
-            self.0.buffer.read_to(at, &mut to[self.1 * each..][..self.2 * each])
+    impl<'a> Batch<'a> {
+        fn of<T: bytemuck::AnyBitPattern>(&self, at: usize, n: usize) -> &'a [T] {
+            bytemuck::cast_slice(&self.0.results.bytes()[at - self.0.at.sinks..][..n * size_of::<T>()])
+        }
+        fn take<T: bytemuck::AnyBitPattern + Send + Sync>(&self, at: usize, to: &mut [T], each: usize) {
+            let to = &mut to[self.1 * each..][..self.2 * each];
+            let pieces = to.par_chunks_mut(PIECE).zip(self.of(at, self.2 * each).par_chunks(PIECE));
+            pieces.for_each(|(to, from)| to.copy_from_slice(from));
         }
     }
     let (batch, at) = (Batch(workspace, first, n_head), &workspace.at);
     let Shape { n_row, n_cluster, n_coarse, dk, dv, n_sink, n_head: all, .. } = workspace.shape;
     let parts = &mut made.parts;
-    batch.read(at.centroids, &mut parts.centroids, n_cluster * dk)?;
-    batch.read(at.mean_values, &mut parts.mean_values, n_cluster * dv)?;
-    batch.read(at.variances, &mut parts.variances, n_cluster * dk)?;
-    batch.read(at.variance_scales, &mut parts.variance_scales, n_cluster)?;
-    batch.read(at.radii, &mut parts.radii, n_cluster)?;
-    batch.read(at.start, &mut parts.offsets, n_cluster + 1)?;
-    batch.read(at.members, &mut parts.members, n_row)?;
-    batch.read(at.coarse_centroids, &mut parts.coarse_centroids, n_coarse * dk)?;
-    let sinks: Vec<f16> = workspace.buffer.read(at.sinks, n_head * n_sink * dk)?;
-    for (i, row) in sinks.chunks_exact(dk).enumerate() {
+    batch.take(at.centroids, &mut parts.centroids, n_cluster * dk);
+    batch.take(at.mean_values, &mut parts.mean_values, n_cluster * dv);
+    batch.take(at.variances, &mut parts.variances, n_cluster * dk);
+    batch.take(at.variance_scales, &mut parts.variance_scales, n_cluster);
+    batch.take(at.radii, &mut parts.radii, n_cluster);
+    batch.take(at.start, &mut parts.offsets, n_cluster + 1);
+    batch.take(at.members, &mut parts.members, n_row);
+    batch.take(at.coarse_centroids, &mut parts.coarse_centroids, n_coarse * dk);
+    for (i, row) in batch.of::<f16>(at.sinks, n_head * n_sink * dk).chunks_exact(dk).enumerate() {
         let (head, sink) = (first + i / n_sink, i % n_sink);
         made.sinks[(sink * all + head) * dk..][..dk].copy_from_slice(row);
     }
-    let products: Vec<u64> = workspace.buffer.read(at.products, n_head)?;
-    made.products += products.iter().sum::<u64>() * dk as u64;
-    Ok(())
+    made.products += batch.of::<u64>(at.products, n_head).iter().sum::<u64>() * dk as u64;
 }

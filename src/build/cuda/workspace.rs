@@ -5,7 +5,7 @@ use std::sync::Arc;
 use half::f16;
 
 use super::params::{Kmeans, CHUNK, DIGIT_BITS, POINTS};
-use crate::attention::cuda::{Buffer, Carver, Device, Error};
+use crate::attention::cuda::{Buffer, Carver, Device, Error, Pinned};
 use crate::build::topdown::NEAR;
 
 /// Keys of a batch at most, unless one head has more: enough to fill a GPU.
@@ -25,27 +25,27 @@ pub(super) struct Shape {
     pub dv: usize,
 }
 
-/// The buffer, and where in it things are: byte offsets.
+/// The buffer, and where in it things are.
 pub(super) struct Workspace {
     pub buffer: Buffer,
+    /// What came from `sinks` on.
+    pub results: Pinned,
     pub shape: Shape,
     /// Heads of a batch.
     pub n_head: usize,
     pub at: Areas,
 }
 
-/// `[heads][what one head has]`, but for `broken`.
+/// Byte offsets of `[heads][what one head has]`, but for `broken`.
 #[derive(Default)]
 pub(super) struct Areas {
     pub unit: usize,
-    pub sinks: usize,
     pub broken: usize,
     pub label: usize,
     pub order: usize,
     /// Where a sort of several passes puts points meanwhile.
     pub spare: usize,
     pub digits: usize,
-    pub start: usize,
     pub repaired: usize,
     pub pieces: usize,
     pub extra: usize,
@@ -59,6 +59,9 @@ pub(super) struct Areas {
     pub tiles: usize,
     pub n_tile: usize,
     pub near: usize,
+    /// The first of what goes to the host; the rest follows.
+    pub sinks: usize,
+    pub start: usize,
     pub products: usize,
     pub centroids: usize,
     pub mean_values: usize,
@@ -84,13 +87,11 @@ impl Shape {
         let mut carver = Carver::default();
         Areas {
             unit: carver.area::<f16>(n * self.dk),
-            sinks: carver.area::<f16>(heads * self.n_sink * self.dk),
             broken: carver.area::<u32>(2),
             label: carver.area::<u32>(n),
             order: carver.area::<u32>(n),
             spare: carver.area::<u32>(n),
             digits: carver.area::<u32>((heads * self.n_row.div_ceil(CHUNK)) << DIGIT_BITS),
-            start: carver.area::<u32>(c + heads),
             repaired: carver.area::<u32>(heads),
             pieces: carver.area::<u32>(c),
             extra: carver.area::<u32>(c),
@@ -103,6 +104,8 @@ impl Shape {
             tiles: carver.area::<[u32; 2]>(heads * self.max_tiles()),
             n_tile: carver.area::<u32>(heads),
             near: carver.area::<u32>(coarse * self.n_near()),
+            sinks: carver.area::<f16>(heads * self.n_sink * self.dk),
+            start: carver.area::<u32>(c + heads),
             products: carver.area::<u64>(heads),
             centroids: carver.area::<f16>(c * self.dk),
             mean_values: carver.area::<f16>(c * self.dv),
@@ -126,7 +129,10 @@ impl Workspace {
         loop {
             let at = shape.areas(n_head);
             match Buffer::new(device, "clustering", at.bytes) {
-                Ok(buffer) => return Ok(Workspace { buffer, shape: *shape, n_head, at }),
+                Ok(buffer) => {
+                    let results = Pinned::new(device, at.bytes - at.sinks)?;
+                    return Ok(Workspace { buffer, results, shape: *shape, n_head, at });
+                }
                 Err(Error::Memory { .. }) if n_head > 1 => n_head /= 2,
                 Err(error) => return Err(error),
             }
