@@ -284,7 +284,7 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
                 max_bias: 0.0,
                 softcap: 0.0,
             };
-            Call { problem, layer: 0, selection, rows: rows.address(), bounds }
+            Call { problem, layer: 0, selection, rows: rows.address(), bounds, first_stream: 0 }
         };
         let all: Vec<Call<'_>> = sets.iter().zip(&bounds).map(|(set, b)| call((set, &b[..]))).collect();
         let workspace = Workspace::for_calls(device, &all.iter().collect::<Vec<_>>()).expect("a workspace");
@@ -305,7 +305,8 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
     let stages: Vec<f64> = (0..STAGES.len())
         .map(|stage| {
             // SAFETY: as above; the last whole call left what the stages read.
-            let put = |stream| sparse.iter().for_each(|a| unsafe { a.launch_stage(stage, stream) }.expect("a launch"));
+            let put =
+                |stream| sparse.iter().for_each(|a| unsafe { a.launch_stage(stage, stream, true) }.expect("a launch"));
             median(time(30, &put))
         })
         .collect();

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use crate::attention::Spread;
 
-/// Prefixes shorter than this stay dense: the shortest that decoding was measured with, where it is still a little faster than
-/// dense (docs/benchmarks.md).
+/// On the CPU, prefixes shorter than this stay dense: the shortest that decoding was measured with, where it is still a little
+/// faster than dense (docs/benchmarks.md).
 pub const DEFAULT_MIN_PREFIX: usize = 512;
 pub const DEFAULT_BUDGET: f32 = 0.2;
 /// Query tokens of a prefill that share a selection, at most. Each has its own: tiles of 4 doubled the KL divergence where it
@@ -33,7 +33,8 @@ pub struct Config {
     pub mode: ModeSetting,
     pub spread: Spread,
     pub estimate: bool,
-    pub min_prefix: usize,
+    /// Prefixes shorter than this stay dense; none: than is worth it where it was measured.
+    pub min_prefix: Option<usize>,
     /// Consecutive query tokens of a prefill that share a selection, at most; 1: each has its own.
     pub tile: usize,
     /// Leave stock devices alone and register named ones (SQZ-CPU).
@@ -61,7 +62,7 @@ impl Default for Config {
             mode: ModeSetting::Budget(DEFAULT_BUDGET),
             spread: Spread::Diag,
             estimate: false,
-            min_prefix: DEFAULT_MIN_PREFIX,
+            min_prefix: None,
             tile: DEFAULT_TILE,
             devices: false,
             force: false,
@@ -76,6 +77,11 @@ impl Default for Config {
 }
 
 impl Config {
+    /// The shortest prefix that is sparse on the CPU.
+    pub fn min_prefix_cpu(&self) -> usize {
+        self.min_prefix.unwrap_or(DEFAULT_MIN_PREFIX)
+    }
+
     /// Reads `GGML_SQUEEZE_*` through `get` (`std::env::var` in production). A value that cannot be used is named in the
     /// returned messages and its default stays: a plugin must not stop its host.
     pub fn from_env(get: impl Fn(&str) -> Option<String>) -> (Config, Vec<String>) {
@@ -119,7 +125,7 @@ impl Config {
         }
         if let Some(text) = var("MIN_PREFIX") {
             match text.parse() {
-                Ok(n) => config.min_prefix = n,
+                Ok(n) => config.min_prefix = Some(n),
                 Err(_) => problems.push(format!("GGML_SQUEEZE_MIN_PREFIX={text} is ignored: give a number of tokens")),
             }
         }
@@ -183,7 +189,7 @@ mod tests {
         assert_eq!(config.index_paths, ["a.sqz.gguf", "b.sqz.gguf"].map(PathBuf::from));
         assert_eq!(config.status_path, Some(PathBuf::from("status.json")));
         assert_eq!((config.mode, config.spread), (ModeSetting::Mass(0.9), Spread::Radius));
-        assert_eq!((config.min_prefix, config.tile, config.log), (0, 16, 1));
+        assert_eq!((config.min_prefix, config.tile, config.log), (Some(0), 16, 1));
         assert!(config.estimate && config.devices && config.force && config.disable && config.synthetic);
     }
 

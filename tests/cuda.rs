@@ -5,6 +5,8 @@ mod attend_case;
 mod coarse;
 #[path = "cuda/graph.rs"]
 mod graph;
+#[path = "cuda/rows.rs"]
+mod rows;
 #[path = "cuda/watch.rs"]
 mod watch;
 
@@ -108,7 +110,8 @@ impl OnGpu {
     fn with<T>(&self, then: impl FnOnce(&Attention, &Workspace) -> T) -> T {
         let bounds: Vec<&Bound> = self.bounds.iter().collect();
         let (problem, selection) = (self.problem, self.selection);
-        let call = Call { problem, layer: LAYER, selection, rows: self.rows.address(), bounds: &bounds };
+        let call =
+            Call { problem, layer: LAYER, selection, rows: self.rows.address(), bounds: &bounds, first_stream: 0 };
         let workspace = Workspace::for_calls(&self.device, &[&call]).unwrap();
         let attention = Attention::new(&self.device, &call, &workspace).unwrap();
         then(&attention, &workspace)
@@ -476,6 +479,7 @@ fn calls_that_do_not_fit_are_refused_with_the_reason() {
         selection: gpu.selection,
         rows: gpu.rows.address(),
         bounds: &bounds,
+        first_stream: 0,
     };
     let refused = Workspace::for_calls(&device, &[&call]).err().expect("the head sizes differ");
     assert_eq!(

@@ -284,7 +284,7 @@ fn main() {
     sqz::llama::start(false).expect("ggml's backends load");
     let stock = cpu_backend(args.threads);
     let spread = args.spread.value();
-    backend::register(Config { min_prefix: 0, spread, ..Config::default() }).expect("this is our ggml");
+    backend::register(Config { min_prefix: Some(0), spread, ..Config::default() }).expect("this is our ggml");
     let ours = cpu_backend(args.threads);
 
     let mut ways = vec![Way::Stock, Way::OwnDense];

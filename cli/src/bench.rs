@@ -246,7 +246,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             (None, Some(index), state) => Some((index.clone(), state.clone())),
             _ => bail!("what is measured behind? Give a text with -f, an index with --index, or --synthetic-index"),
         };
-        let model = Model::load(&args.model.model)?;
+        let model = Model::load_on(&args.model.model, &args.model.gpu)?;
         let slack = args.n_prompt.max(args.n_gen) + 16;
         let mut name = model.description();
         if args.model.cache_types() != "f16" {

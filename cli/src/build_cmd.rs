@@ -161,7 +161,7 @@ pub fn make(args: &BuildArgs) -> Result<Report> {
 pub fn make_of(args: &BuildArgs, text: &str) -> Result<Report> {
     let settings = args.cluster.settings(args.model.n_threads())?;
     args.files.check()?;
-    let model = Model::load(&args.model.model)?;
+    let model = Model::load_on(&args.model.model, &args.model.gpu)?;
     let tokens = tokens::prefix(&model, text, args.chat, settings.n_threads)
         .with_context(|| format!("cannot make a prefix of {}", args.file.display()))?;
     let least = (settings.n_sink + settings.n_window) as usize + 2;

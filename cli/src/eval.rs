@@ -323,7 +323,7 @@ fn print_each(answered: &[Answered]) {
 /// The command.
 pub fn run(args: &EvalArgs) -> Result<()> {
     let questions = read_questions(&args.questions)?;
-    let model = Model::load(&args.model.model)?;
+    let model = Model::load_on(&args.model.model, &args.model.gpu)?;
     // Room for the longest question and answer: at most one token per byte.
     let slack = questions.iter().map(|q| q.prompt.len() + q.n_predict + 16).max().unwrap_or(0);
     let session = Session::open(&model, &args.model, &args.index, args.state_file.as_deref(), slack)?;

@@ -48,7 +48,7 @@ pub fn run(args: &ExtendArgs) -> Result<()> {
 pub fn make(args: &ExtendArgs, old: &Index) -> Result<Report> {
     args.files.check()?;
     let text = build_cmd::read_text(&args.file)?;
-    let model = Model::load(&args.model.model)?;
+    let model = Model::load_on(&args.model.model, &args.model.gpu)?;
     let settings = Settings::of_index(old.meta(), args.model.n_threads());
     let name = &old.meta().build.chat;
     let chat = Chat::from_str(name, false).map_err(|_| anyhow::anyhow!("the index was made with --chat {name}"))?;

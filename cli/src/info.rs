@@ -113,7 +113,7 @@ fn gpus() -> String {
     let names = Device::count().and_then(|n| (0..n).map(Device::name_of).collect::<Result<Vec<_>, _>>());
     match names {
         Ok(names) if names.is_empty() => "kernels built in, no GPU".into(),
-        Ok(names) => format!("kernels built in (not used by the plugin yet); {}", names.join(", ")),
+        Ok(names) => format!("kernels built in; {}", names.join(", ")),
         Err(error) => error.to_string(),
     }
 }

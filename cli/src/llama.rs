@@ -55,10 +55,23 @@ pub struct ModelArgs {
     #[arg(long, value_name = "TYPE", default_value = "f16", value_parser = cache_type)]
     pub cache_type_v: Element,
     #[command(flatten)]
+    pub gpu: GpuArgs,
+    #[command(flatten)]
     pub rope: RopeArgs,
     /// Full-size cache for sliding-window layers; states for a program that has this option need it too
     #[arg(long)]
     pub swa_full: bool,
+}
+
+/// Where the model runs. A GPU needs ggml's backend for it: GGML_BACKEND_PATH=libggml-cuda.so.
+#[derive(Clone, Debug, Default, PartialEq, clap::Args)]
+pub struct GpuArgs {
+    /// Layers on the GPU (-ngl) [default: all, where a GPU backend is loaded]
+    #[arg(long, value_name = "N")]
+    pub n_gpu_layers: Option<u32>,
+    /// Devices that layers are offloaded to (-dev), separated by commas; none: the CPU alone [default: all GPUs]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub device: Vec<String>,
 }
 
 /// How positions are rotated: what shapes keys besides the model. The same options as the program that answers.

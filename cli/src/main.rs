@@ -43,6 +43,8 @@ enum Command {
 fn long_option(arg: OsString) -> OsString {
     match arg.to_str() {
         Some("-ub") => "--ubatch-size".into(),
+        Some("-ngl") => "--n-gpu-layers".into(),
+        Some("-dev") => "--device".into(),
         Some("-fa") => "--flash-attn".into(),
         Some("-ctk") => "--cache-type-k".into(),
         Some("-ctv") => "--cache-type-v".into(),

@@ -113,7 +113,7 @@ impl<'m> Session<'m> {
     ) -> Result<Session<'m>> {
         let index = Index::open(index).with_context(|| format!("cannot use the index {}", index.display()))?;
         let tokens = index.meta().tokens.clone();
-        let config = Config { disable: true, min_prefix: 0, ..Config::default() };
+        let config = Config { disable: true, min_prefix: Some(0), ..Config::default() };
         if let Err(error) = backend::register(config) {
             anyhow::bail!("the plugin cannot be used with this llama.cpp: {error}");
         }

@@ -59,7 +59,7 @@ fn true_prefixes_bind_and_others_never() {
     let mut stock = Context::new(&model, &args(512), n + 64, None).unwrap();
     let expected = logits(&mut stock, &tokens);
     drop(stock);
-    backend::register(Config { min_prefix: 0, ..Config::default() }).unwrap();
+    backend::register(Config { min_prefix: Some(0), ..Config::default() }).unwrap();
     let foreign = Index::from_bytes(to_bytes(&sample_parts(1, 200, 2, 3, 64, 64, 4)).unwrap()).unwrap();
     backend::set_indexes(vec![Arc::new(foreign)]);
     let mut context = Context::new(&model, &args(512), n + 64, None).unwrap();

@@ -56,7 +56,7 @@ fn a_grown_text_is_indexed_from_its_beginning_on() {
     assert!(little > n_old && little < n_old + 100, "{n_old} {little}");
 
     start(false).unwrap();
-    backend::register(Config { min_prefix: 0, ..Config::default() }).unwrap();
+    backend::register(Config { min_prefix: Some(0), ..Config::default() }).unwrap();
     backend::set_indexes(vec![new.clone()]);
     let loaded = Model::load(&model()).unwrap();
     let mut context = Context::new(&loaded, &args(&model(), 512), n + 64, None).unwrap();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use half::f16;
 
-use super::rows::{is_quantised, CacheRows, Row};
+use super::rows::{is_quantised, CacheRows, Row, Rows};
 use crate::attention::{Element, Rotation};
 use crate::hadamard::rotate;
 use crate::index::{peak_run, Index, PEAK_RUN};
@@ -20,6 +20,16 @@ pub const PEAK_TOLERANCE: f32 = 0.0075;
 /// Rounding of a quantised row is allowed for this many times over in the square of a distance. Normal errors of 16 elements
 /// exceed five times their mean in 1 row of 5 10^9; four times would be 1 of 10^7, too often for long prefixes.
 const NOISE_ALLOWANCE: f32 = 5.0;
+/// Places of the elements in a compact copy; a sketch has far fewer.
+const PLACES: [u32; 64] = {
+    let mut places = [0; 64];
+    let mut i = 0;
+    while i < places.len() {
+        places[i] = i as u32;
+        i += 1;
+    }
+    places
+};
 /// Start cells tried for a contiguous placement.
 const MAX_STARTS: usize = 32;
 
@@ -117,6 +127,14 @@ impl Half<'_> {
     }
 }
 
+/// Where a row holds the elements `dims`.
+fn places(dims: &[u32], compact: bool) -> &[u32] {
+    match compact {
+        true => &PLACES[..dims.len()],
+        false => dims,
+    }
+}
+
 impl Matcher {
     pub fn new(index: Arc<Index>) -> Matcher {
         let sketch = index.sketch();
@@ -129,11 +147,11 @@ impl Matcher {
         Matcher { index, k_limit, v_limit, k_peak_limit, v_peak_limit, by_element, by_peak }
     }
 
-    fn k_half(&self, token: usize) -> Half<'_> {
+    fn k_half(&self, token: usize, compact: bool) -> Half<'_> {
         let s = self.index.sketch();
         let (n, n_peak) = (s.k_dims.len(), s.k_peaks.len() / self.k_limit.len());
         Half {
-            dims: s.k_dims,
+            dims: places(s.k_dims, compact),
             elements: &s.k[token * n..(token + 1) * n],
             peaks: &s.k_peaks[token * n_peak..(token + 1) * n_peak],
             limit: self.k_limit[token],
@@ -142,11 +160,11 @@ impl Matcher {
         }
     }
 
-    fn v_half(&self, token: usize) -> Half<'_> {
+    fn v_half(&self, token: usize, compact: bool) -> Half<'_> {
         let s = self.index.sketch();
         let (n, n_peak) = (s.v_dims.len(), s.v_peaks.len() / self.v_limit.len());
         Half {
-            dims: s.v_dims,
+            dims: places(s.v_dims, compact),
             elements: &s.v[token * n..(token + 1) * n],
             peaks: &s.v_peaks[token * n_peak..(token + 1) * n_peak],
             limit: self.v_limit[token],
@@ -157,8 +175,8 @@ impl Matcher {
 
     /// Does `cell` hold prefix token `token` at its position?
     pub fn matches(&self, token: usize, rows: &CacheRows, cell: usize) -> bool {
-        self.k_half(token).matches(rows.k_row(cell), rows.k.len)
-            && self.v_half(token).matches(rows.v_row(cell), rows.v.len)
+        self.k_half(token, rows.k.compact).matches(rows.k_row(cell), rows.k.len)
+            && self.v_half(token, rows.v.compact).matches(rows.v_row(cell), rows.v.len)
     }
 
     /// Basis of a cache of these types, once it has matched.
@@ -173,7 +191,11 @@ impl Matcher {
         let sketch = self.index.sketch();
         self.index.layer(sketch.layer).is_some_and(|layer| {
             let s = layer.shape;
-            rows.k.len == (s.n_head_kv * s.head_dim_k) as usize && rows.v.len == (s.n_head_kv * s.head_dim_v) as usize
+            let len = |rows: &Rows, head_dim: u32, dims: &[u32]| match rows.compact {
+                true => rows.len == dims.len(),
+                false => rows.len == (s.n_head_kv * head_dim) as usize,
+            };
+            len(&rows.k, s.head_dim_k, sketch.k_dims) && len(&rows.v, s.head_dim_v, sketch.v_dims)
         })
     }
 
@@ -226,7 +248,12 @@ impl Matcher {
         let (order, numbers, n, value) = match row.peak(0) {
             // the first peak is that of the first run
             Some(peak) => (&self.by_peak, sketch.k_peaks, sketch.k_peaks.len() / self.k_limit.len(), peak),
-            None => (&self.by_element, sketch.k, sketch.k_dims.len(), row.get(sketch.k_dims[0] as usize)),
+            None => (
+                &self.by_element,
+                sketch.k,
+                sketch.k_dims.len(),
+                row.get(places(sketch.k_dims, rows.k.compact)[0] as usize),
+            ),
         };
         Box::new(order.near(value, move |t| numbers[t as usize * n].to_f32()).map(|t| t as usize))
     }

@@ -104,6 +104,7 @@ impl Cache {
             stride: element.row_bytes(self.len),
             len: self.len,
             element,
+            compact: false,
         };
         CacheRows { k: rows(&self.k, self.k_type), v: rows(&self.v, self.v_type), n_cell: N_CELL }
     }

@@ -1,15 +1,15 @@
 //! What one backend instance knows of its KV cache: which index is bound to which cells, and when that ends. A binding is
 //! trusted for a graph only after its cells were checked against what the graph will write and what the cache holds now.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
 use super::binding::{always_cells, Matcher};
+use super::layers::Layers;
 use super::rows::CacheRows;
 use super::runtime::{count, Snapshot};
 use super::stats::log;
-use super::tensor::{cache_rows, Tensor};
+use super::tensor::Tensor;
 use crate::attention::Binding;
 
 /// Prefix tokens whose sketch is compared again in every graph, in turn.
@@ -63,8 +63,7 @@ impl Writes {
 
 #[derive(Default)]
 pub struct Caches {
-    layers: HashMap<u32, (Option<Tensor>, Option<Tensor>)>,
-    deepest_seen: u32,
+    layers: Layers,
     pub bound: Vec<Bound>,
     generation: u64,
     /// Indexes of which it was said already why they are not used.
@@ -80,13 +79,10 @@ fn bytes_of(rows: &CacheRows, cell: usize) -> Vec<u8> {
 }
 
 impl Caches {
-    /// Forgets cache tensors of an earlier pass (their memory may be gone) and bindings of replaced indexes. `lowest` is
-    /// the lowest layer of the graph at hand: with an eval callback a pass comes in several graphs, in layer order.
+    /// Forgets cache tensors of an earlier pass and bindings of replaced indexes. `lowest` is the lowest layer of the graph at
+    /// hand.
     pub fn begin(&mut self, lowest: u32, snapshot: &Snapshot) {
-        if lowest < self.deepest_seen || self.layers.len() <= 1 {
-            self.layers.clear();
-            self.deepest_seen = 0;
-        }
+        self.layers.begin(lowest);
         if self.generation != snapshot.generation {
             self.bound.clear();
             self.told.clear();
@@ -95,15 +91,11 @@ impl Caches {
     }
 
     pub fn see(&mut self, layer: u32, k: Option<Tensor>, v: Option<Tensor>) {
-        let entry = self.layers.entry(layer).or_default();
-        entry.0 = k.or(entry.0);
-        entry.1 = v.or(entry.1);
-        self.deepest_seen = self.deepest_seen.max(layer);
+        self.layers.see(layer, k, v);
     }
 
     pub fn rows(&self, layer: u32, stream: usize) -> Option<CacheRows> {
-        let (Some(k), Some(v)) = *self.layers.get(&layer)? else { return None };
-        cache_rows(k, v, stream)
+        self.layers.rows(layer, stream)
     }
 
     /// Drops every binding that this graph's writes or the cache's present content contradict.
@@ -187,7 +179,7 @@ impl Caches {
         for (index_number, loaded) in snapshot.indexes.iter().take(n_index).enumerate() {
             let matcher = &loaded.matcher;
             let n = matcher.index.meta().n_prefix();
-            if n < snapshot.config.min_prefix || visible.len() < n {
+            if n < snapshot.config.min_prefix_cpu() || visible.len() < n {
                 continue;
             }
             let Some(rows) = self.rows(matcher.index.sketch().layer, stream) else { continue };

@@ -429,7 +429,7 @@ impl Instance {
                 b.cells.iter().all(|&c| seen.get(c as usize).is_some_and(|&bits| shown(bits)))
             }
         };
-        let min_prefix = snapshot.config.min_prefix;
+        let min_prefix = snapshot.config.min_prefix_cpu();
         let usable = |b: &super::cache::Bound| b.stream == stream && b.cells.len() >= min_prefix && sees_all(b);
         let number = |i: usize| self.caches.bound[i].index_number;
         let bound = (0..self.caches.bound.len()).filter(|&i| usable(&self.caches.bound[i]));

@@ -79,7 +79,7 @@ fn snapshot(p: Prefix) -> Snapshot {
     let selection = Selection { mode, spread: Spread::None, alpha: 2.0, estimate: false, coarse_share: 1.0 };
     let mut snapshot =
         Snapshot { indexes: vec![Loaded { matcher: p.matcher.into(), selection }], ..Snapshot::default() };
-    snapshot.config.min_prefix = 1;
+    snapshot.config.min_prefix = Some(1);
     snapshot
 }
 

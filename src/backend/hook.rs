@@ -1,4 +1,4 @@
-//! Patched backend instances: a CPU backend created after the plugin is the stock object with `graph_compute` and `free`
+//! Patched backend instances: a CPU or CUDA backend created after the plugin is the stock object with `graph_compute` and `free`
 //! replaced. Nothing else of ggml is touched.
 
 use std::collections::HashMap;
@@ -7,12 +7,27 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use ggml_sys as sys;
 
-use super::graph::Instance;
-use super::runtime::{snapshot, stats};
+use super::cuda;
+use super::graph;
+use super::runtime::{snapshot, stats, Snapshot};
 use super::stats::log;
 use super::status;
 
 type InitBackend = unsafe extern "C" fn(sys::ggml_backend_dev_t, *const std::ffi::c_char) -> sys::ggml_backend_t;
+
+/// What a device computes with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Cpu,
+    /// An NVIDIA GPU, by its PCI bus id.
+    Cuda(String),
+}
+
+/// State of one backend.
+enum Instance {
+    Cpu(Box<graph::Instance>),
+    Cuda(cuda::Instance),
+}
 
 /// A patched backend: its original functions and our state.
 struct Patched {
@@ -23,7 +38,7 @@ struct Patched {
 #[derive(Default)]
 struct Hooks {
     /// Original `init_backend` by device address.
-    devices: HashMap<usize, InitBackend>,
+    devices: HashMap<usize, (InitBackend, Kind)>,
     backends: HashMap<usize, Arc<Patched>>,
 }
 
@@ -36,15 +51,15 @@ fn hooks() -> MutexGuard<'static, Hooks> {
 ///
 /// # Safety
 /// `device` is a live ggml device in writable memory, as registries hand out.
-pub unsafe fn patch_device(device: sys::ggml_backend_dev_t) -> Result<(), String> {
+pub unsafe fn patch_device(device: sys::ggml_backend_dev_t, kind: Kind) -> Result<(), String> {
     let mut hooks = hooks();
     if hooks.devices.contains_key(&(device as usize)) {
         return Ok(());
     }
     // SAFETY: live by contract.
     let iface = unsafe { &mut (*device).iface };
-    let original = iface.init_backend.ok_or("the CPU device has no init_backend: nothing can be hooked")?;
-    hooks.devices.insert(device as usize, original);
+    let original = iface.init_backend.ok_or("a device has no init_backend: nothing can be hooked")?;
+    hooks.devices.insert(device as usize, (original, kind));
     iface.init_backend = Some(init_patched);
     Ok(())
 }
@@ -53,13 +68,13 @@ unsafe extern "C" fn init_patched(
     device: sys::ggml_backend_dev_t,
     params: *const std::ffi::c_char,
 ) -> sys::ggml_backend_t {
-    let original = hooks().devices.get(&(device as usize)).copied();
-    let Some(original) = original else { return std::ptr::null_mut() };
+    let original = hooks().devices.get(&(device as usize)).cloned();
+    let Some((original, kind)) = original else { return std::ptr::null_mut() };
     // SAFETY: the device's own function, called as ggml would.
     let backend = unsafe { original(device, params) };
     if !backend.is_null() {
         // SAFETY: a live backend that was just created.
-        unsafe { patch_backend(backend) };
+        unsafe { patch_backend(backend, &kind) };
     }
     backend
 }
@@ -68,16 +83,33 @@ unsafe extern "C" fn init_patched(
 ///
 /// # Safety
 /// `backend` is a live backend that is not computing.
-pub unsafe fn patch_backend(backend: sys::ggml_backend_t) {
+pub unsafe fn patch_backend(backend: sys::ggml_backend_t, kind: &Kind) {
     // SAFETY: live by contract.
     let object = unsafe { &mut *backend };
     if object.iface.graph_compute.is_none() || object.iface.free.is_none() {
         return;
     }
-    let patched = Patched { original: object.iface, instance: Mutex::default() };
+    let instance = match kind {
+        Kind::Cpu => Instance::Cpu(Box::default()),
+        Kind::Cuda(bus_id) => Instance::Cuda(cuda::Instance::new(bus_id)),
+    };
+    let patched = Patched { original: object.iface, instance: Mutex::new(instance) };
     hooks().backends.insert(backend as usize, Arc::new(patched));
     object.iface.graph_compute = Some(compute_patched);
     object.iface.free = Some(free_patched);
+}
+
+/// Books what graphs on GPUs have counted, waiting for those that are under way; those that another thread is computing are
+/// left out.
+pub fn settle() {
+    let all: Vec<Arc<Patched>> = hooks().backends.values().cloned().collect();
+    for patched in all {
+        if let Ok(mut instance) = patched.instance.try_lock() {
+            if let Instance::Cuda(instance) = &mut *instance {
+                instance.settle();
+            }
+        }
+    }
 }
 
 unsafe extern "C" fn free_patched(backend: sys::ggml_backend_t) {
@@ -85,6 +117,9 @@ unsafe extern "C" fn free_patched(backend: sys::ggml_backend_t) {
         let mut hooks = hooks();
         (hooks.backends.remove(&(backend as usize)), hooks.backends.len())
     };
+    let free = patched.as_ref().and_then(|p| p.original.free);
+    // What a GPU's last graphs did is counted now.
+    drop(patched);
     if left == 0 {
         let snapshot = snapshot();
         status::finish(&snapshot);
@@ -93,7 +128,7 @@ unsafe extern "C" fn free_patched(backend: sys::ggml_backend_t) {
             log(format_args!("totals: {totals}"));
         }
     }
-    if let Some(free) = patched.and_then(|p| p.original.free) {
+    if let Some(free) = free {
         // SAFETY: the backend's own function, called once as ggml would.
         unsafe { free(backend) };
     }
@@ -101,13 +136,40 @@ unsafe extern "C" fn free_patched(backend: sys::ggml_backend_t) {
 
 unsafe extern "C" fn compute_patched(backend: sys::ggml_backend_t, graph: *mut sys::ggml_cgraph) -> sys::ggml_status {
     let Some(patched) = hooks().backends.get(&(backend as usize)).cloned() else { return sys::GGML_STATUS_FAILED };
-    let Some(compute) = patched.original.graph_compute else { return sys::GGML_STATUS_FAILED };
     let mut instance = patched.instance.lock().unwrap_or_else(|e| e.into_inner());
     let snapshot = snapshot();
+    let status = match &mut *instance {
+        // SAFETY: as ggml called us.
+        Instance::Cpu(instance) => unsafe { compute_cpu(backend, graph, &patched.original, instance, &snapshot) },
+        Instance::Cuda(instance) => {
+            let stock = cuda::Stock { backend, original: &patched.original };
+            let compute = AssertUnwindSafe(|| instance.compute(graph, &stock, &snapshot));
+            catch_unwind(compute).unwrap_or_else(|_| {
+                log("deciding on a graph failed; its result is refused (GGML_STATUS_FAILED)");
+                sys::GGML_STATUS_FAILED
+            })
+        }
+    };
+    if status == sys::GGML_STATUS_SUCCESS {
+        status::graph_done(&snapshot);
+    }
+    status
+}
+
+/// # Safety
+/// `backend` and `graph` are what ggml gives to the backend's `graph_compute`, which is in `original`.
+unsafe fn compute_cpu(
+    backend: sys::ggml_backend_t,
+    graph: *mut sys::ggml_cgraph,
+    original: &sys::ggml_backend_i,
+    instance: &mut graph::Instance,
+    snapshot: &Snapshot,
+) -> sys::ggml_status {
+    let Some(compute) = original.graph_compute else { return sys::GGML_STATUS_FAILED };
     let decide = AssertUnwindSafe(|| {
         // SAFETY: ggml hands us a live graph with n_nodes nodes.
         let nodes = unsafe { std::slice::from_raw_parts((*graph).nodes, (*graph).n_nodes.max(0) as usize) };
-        instance.rewrite(nodes, &snapshot)
+        instance.rewrite(nodes, snapshot)
     });
     // a panic while deciding costs nothing: the graph is still whole and goes to the stock backend
     let rewrite = catch_unwind(decide).unwrap_or_else(|_| {
@@ -116,9 +178,7 @@ unsafe extern "C" fn compute_patched(backend: sys::ggml_backend_t, graph: *mut s
     });
     let Some(mut rewrite) = rewrite else {
         // SAFETY: as the caller asked.
-        let status = unsafe { compute(backend, graph) };
-        status::graph_done(&snapshot);
-        return status;
+        return unsafe { compute(backend, graph) };
     };
     // SAFETY: a copy of a live graph whose node list is replaced by ours, alive until the call returns.
     let status = unsafe {
@@ -129,10 +189,9 @@ unsafe extern "C" fn compute_patched(backend: sys::ggml_backend_t, graph: *mut s
         ours.uid = 0;
         compute(backend, &mut ours)
     };
-    if !rewrite.finish(&mut instance) {
+    if !rewrite.finish(instance) {
         log("an attention kernel failed; the graph's result is refused (GGML_STATUS_FAILED)");
         return sys::GGML_STATUS_FAILED;
     }
-    status::graph_done(&snapshot);
     status
 }

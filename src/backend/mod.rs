@@ -1,9 +1,11 @@
-//! Glue to ggml: patched CPU backends, binding of an index to cache cells, what of a graph runs sparse. Holds no arithmetic.
+//! Glue to ggml: patched backends, binding of an index to cache cells, what of a graph runs sparse. Holds no arithmetic.
 
 mod binding;
 mod cache;
+mod cuda;
 mod graph;
 mod hook;
+mod layers;
 mod plugin;
 mod rows;
 mod runtime;
@@ -13,5 +15,17 @@ mod tensor;
 
 pub use plugin::{register, registry};
 pub use rows::{is_quantised, Row};
-pub use runtime::{configure, reset_stats, set_indexes, stats};
+pub use runtime::{configure, set_indexes};
 pub use stats::Stats;
+
+/// Totals since the start or the last reset. Waits for what GPUs still count.
+pub fn stats() -> Stats {
+    hook::settle();
+    runtime::stats()
+}
+
+/// Sets the totals to zero.
+pub fn reset_stats() {
+    hook::settle();
+    runtime::reset_stats();
+}

@@ -13,6 +13,8 @@ pub struct Rows {
     /// Elements per row, a multiple of the type's block.
     pub len: usize,
     pub element: Element,
+    /// A copy of the sketch's elements alone, in its order.
+    pub compact: bool,
 }
 
 /// Both halves of one layer and one stream.

@@ -23,6 +23,8 @@ pub enum Reason {
     Mask,
     /// No row sees the whole prefix of an index.
     Unbound,
+    /// More query rows than the CUDA kernels take.
+    Prefill,
     /// Head size or strides that our kernels do not take.
     Kernel,
 }
@@ -38,6 +40,7 @@ impl Reason {
             Reason::Shape => "shape",
             Reason::Mask => "mask",
             Reason::Unbound => "unbound",
+            Reason::Prefill => "prefill",
             Reason::Kernel => "kernel",
         }
     }

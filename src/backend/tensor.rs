@@ -167,7 +167,7 @@ fn half_rows(root: Tensor, stream: usize) -> Option<Rows> {
         return None;
     }
     let data = root.raw().data.cast::<u8>().wrapping_add(stream * nb[2]);
-    Some(Rows { data, stride: nb[1], len: ne[0], element })
+    Some(Rows { data, stride: nb[1], len: ne[0], element, compact: false })
 }
 
 /// The call that a FLASH_ATTN_EXT node describes.

@@ -7,7 +7,26 @@ use std::ptr::NonNull;
 use anyhow::{bail, ensure, Context as _, Result};
 use llama_cpp_sys_2 as sys;
 
-use super::{c_path, cause};
+use super::{c_path, cause, GpuArgs};
+
+/// The devices of these names and a null; nothing for no names.
+fn devices(names: &[String]) -> Result<Vec<sys::ggml_backend_dev_t>> {
+    let mut found = Vec::new();
+    for name in names.iter().filter(|name| *name != "none") {
+        let c_name = CString::new(name.as_str())?;
+        // SAFETY: a C string; ggml answers an unknown name with null.
+        let device = unsafe { sys::ggml_backend_dev_by_name(c_name.as_ptr()) };
+        ensure!(
+            !device.is_null(),
+            "there is no device {name}: sqz info lists them (a GPU needs its backend, GGML_BACKEND_PATH=libggml-cuda.so)"
+        );
+        found.push(device);
+    }
+    if !names.is_empty() {
+        found.push(std::ptr::null_mut());
+    }
+    Ok(found)
+}
 
 /// A loaded model; freed on drop.
 pub struct Model {
@@ -19,11 +38,28 @@ pub struct Model {
 unsafe impl Sync for Model {}
 
 impl Model {
+    /// On the CPU alone.
     pub fn load(path: &Path) -> Result<Model> {
+        Model::load_on(path, &GpuArgs { n_gpu_layers: Some(0), device: vec!["none".to_string()] })
+    }
+
+    /// With layers on GPUs, where there are any.
+    pub fn load_on(path: &Path, gpu: &GpuArgs) -> Result<Model> {
         std::fs::File::open(path).with_context(|| format!("cannot read the model {}", path.display()))?;
         let name = c_path(path)?;
-        // SAFETY: the parameters are llama.cpp's defaults and the path is a C string.
-        let raw = unsafe { sys::llama_model_load_from_file(name.as_ptr(), sys::llama_model_default_params()) };
+        let mut devices = devices(&gpu.device)?;
+        // SAFETY: llama.cpp's defaults, changed within their documented ranges; the path is a C string, and the list of devices,
+        // which ends with a null, is copied by the call.
+        let raw = unsafe {
+            let mut p = sys::llama_model_default_params();
+            if let Some(n) = gpu.n_gpu_layers {
+                p.n_gpu_layers = i32::try_from(n).unwrap_or(i32::MAX);
+            }
+            if !devices.is_empty() {
+                p.devices = devices.as_mut_ptr();
+            }
+            sys::llama_model_load_from_file(name.as_ptr(), p)
+        };
         let Some(raw) = NonNull::new(raw) else { bail!("cannot load the model {}{}", path.display(), cause()) };
         Ok(Model { raw, path: path.to_path_buf() })
     }

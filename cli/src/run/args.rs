@@ -9,7 +9,7 @@ use anyhow::{anyhow, bail, ensure, Context as _, Result};
 use clap::ValueEnum as _;
 use ggml_squeeze::attention::Element;
 
-use crate::llama::{cache_type, RopeArgs, RopeScaling};
+use crate::llama::{cache_type, GpuArgs, RopeArgs, RopeScaling};
 
 /// Which program it is, by its file name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +47,8 @@ pub const CTX: Opt = opt(&["-c", "--ctx-size"], "LLAMA_ARG_CTX_SIZE");
 pub const THREADS: Opt = opt(&["-t", "--threads"], "LLAMA_ARG_THREADS");
 pub const UBATCH: Opt = opt(&["-ub", "--ubatch-size"], "LLAMA_ARG_UBATCH");
 pub const FLASH: Opt = opt(&["-fa", "--flash-attn"], "LLAMA_ARG_FLASH_ATTN");
+pub const GPU_LAYERS: Opt = opt(&["-ngl", "--gpu-layers", "--n-gpu-layers"], "LLAMA_ARG_N_GPU_LAYERS");
+pub const DEVICE: Opt = opt(&["-dev", "--device"], "LLAMA_ARG_DEVICE");
 pub const TYPE_K: Opt = opt(&["-ctk", "--cache-type-k"], "LLAMA_ARG_CACHE_TYPE_K");
 pub const TYPE_V: Opt = opt(&["-ctv", "--cache-type-v"], "LLAMA_ARG_CACHE_TYPE_V");
 pub const PROMPT: Opt = opt(&["-p", "--prompt"], "");
@@ -89,6 +91,8 @@ const VALUED: &[&Opt] = &[
     &FLASH,
     &TYPE_K,
     &TYPE_V,
+    &GPU_LAYERS,
+    &DEVICE,
     &PROMPT,
     &FILE,
     &BINARY_FILE,
@@ -233,6 +237,15 @@ impl Child {
             yarn_beta_slow: self.number(&YARN_SLOW)?,
             yarn_beta_fast: self.number(&YARN_FAST)?,
         })
+    }
+
+    /// Where its model runs; what llama.cpp decides by itself (auto, all) stays its decision.
+    pub fn gpu(&self) -> GpuArgs {
+        let names = self.text(&DEVICE).unwrap_or_default();
+        GpuArgs {
+            n_gpu_layers: self.text(&GPU_LAYERS).and_then(|v| v.parse().ok()),
+            device: names.split(',').filter(|name| !name.is_empty()).map(str::to_string).collect(),
+        }
     }
 
     /// `--swa-full`, by option or environment.

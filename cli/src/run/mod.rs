@@ -127,7 +127,7 @@ impl Maker for Builder<'_> {
 
     fn convert(&mut self, n_prefix: usize, from: &Path, to: State, path: &Path) -> Result<()> {
         self.start()?;
-        let model = Model::load(&self.build.model.model)?;
+        let model = Model::load_on(&self.build.model.model, &self.build.model.gpu)?;
         let mut context = llama::Context::for_states(&model, &self.build.model, n_prefix)?;
         let tokens = context.load_state(from)?;
         let present = context.n_past().min(tokens.len());
@@ -171,6 +171,7 @@ fn build_args(args: &RunArgs, child: &Child, chat: Chat) -> Result<BuildArgs> {
             flash_attn: Flash::Auto,
             cache_type_k,
             cache_type_v,
+            gpu: child.gpu(),
             rope: child.rope()?,
             swa_full: child.swa_full(),
         },
@@ -216,11 +217,12 @@ fn check_context(child: &Child, entry: &Entry) -> Result<()> {
         );
     }
     let (config, _) = Config::from_env(|name| std::env::var(name).ok());
-    if entry.n_prefix < config.min_prefix {
+    if entry.n_prefix < config.min_prefix_cpu() {
         eprintln!(
             "note: below {} tokens attention stays dense (by default from {DEFAULT_MIN_PREFIX} on an index pays); set \
              GGML_SQUEEZE_MIN_PREFIX={} to use this one",
-            config.min_prefix, entry.n_prefix
+            config.min_prefix_cpu(),
+            entry.n_prefix
         );
     }
     Ok(())

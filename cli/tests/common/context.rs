@@ -4,7 +4,7 @@ use std::path::Path;
 
 use ggml_squeeze::attention::Element;
 use ggml_squeeze::backend;
-use sqz::llama::{Context, Flash, ModelArgs, Outputs, RopeArgs};
+use sqz::llama::{Context, Flash, GpuArgs, ModelArgs, Outputs, RopeArgs};
 
 pub fn args(model: &Path, ubatch_size: u32) -> ModelArgs {
     ModelArgs {
@@ -16,6 +16,7 @@ pub fn args(model: &Path, ubatch_size: u32) -> ModelArgs {
         flash_attn: Flash::On,
         cache_type_k: Element::F16,
         cache_type_v: Element::F16,
+        gpu: GpuArgs::default(),
         rope: RopeArgs::default(),
         swa_full: false,
     }

@@ -27,6 +27,15 @@ pub struct Bound {
     valid: Buffer,
 }
 
+/// Addresses and numbers of a binding; 0 for `cells`: consecutive from `first_cell`.
+pub(super) struct Place {
+    pub cells: u64,
+    pub valid: u64,
+    pub first_cell: u32,
+    pub n_prefix: u32,
+    pub stream: u32,
+}
+
 impl Bound {
     /// Binds to `cells` (`[P]`, one per prefix token) of a cache of `n_cell` cells per stream.
     ///
@@ -136,6 +145,22 @@ impl Bound {
     /// The index.
     pub fn resident(&self) -> &Arc<Resident> {
         &self.resident
+    }
+
+    /// Where its tokens are, for other kernels.
+    pub(super) fn place(&self) -> Place {
+        Place {
+            cells: self.cells.as_ref().map_or(0, Buffer::address),
+            valid: self.valid.address(),
+            first_cell: self.first_cell,
+            n_prefix: self.resident.index().meta().n_prefix() as u32,
+            stream: self.stream,
+        }
+    }
+
+    /// Is that layer's rotating check on?
+    pub fn watches(&self, layer: u32) -> bool {
+        self.digests.iter().any(|d| d.0 == layer)
     }
 
     /// Of the fine level, and of the coarse one.

@@ -51,6 +51,8 @@ pub struct Device {
     /// By keys, and by mass.
     pub(super) select_opened: [[sys::CUfunction; 2]; params::SELECT_OPENED.len()],
     pub(super) heads: [Kernels; 2],
+    pub(super) rows_of: sys::CUfunction,
+    pub(super) gather: sys::CUfunction,
     /// Can a kernel start while the one before it ends? Those built for compute capability 9.0 and later do; PTX for 8.0 does
     /// not, whatever GPU it runs on.
     overlap: bool,
@@ -82,6 +84,20 @@ impl Device {
             return Err(Error::OldDriver { found: format!("{}.{}", version / 1000, version % 1000 / 10) });
         }
         Ok(result::device::get_count().map_err(Error::driver("count devices"))? as usize)
+    }
+
+    /// Number of the GPU with this PCI bus id, as in `0000:1b:00.0`.
+    ///
+    /// # Errors
+    /// As for `count`, or there is none.
+    pub fn with_bus_id(id: &str) -> Result<usize, Error> {
+        Device::count()?;
+        let (id, mut ordinal) = (CString::new(id).unwrap_or_default(), 0);
+        // SAFETY: a terminated string; writes one number.
+        unsafe { sys::cuDeviceGetByPCIBusId(&mut ordinal, id.as_ptr()) }
+            .result()
+            .map_err(Error::driver("find the device of a backend"))?;
+        Ok(ordinal as usize)
     }
 
     /// A GPU's name.
@@ -132,6 +148,8 @@ impl Device {
                 attend_blocks: [0; 2],
                 merge: NONE,
             }),
+            rows_of: NONE,
+            gather: NONE,
             overlap: false,
         };
         device.enter()?;
@@ -145,13 +163,14 @@ impl Device {
             let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
             module.inspect(|m| self.modules.push(*m)).map_err(Error::driver("load the kernels"))
         };
-        let [digest, lookup] = [module(DIGEST)?, module(LOOKUP)?];
+        let [digest, rows, lookup] = [module(DIGEST)?, module(ROWS)?, module(LOOKUP)?];
         let [select, attend, merge] = [module(SELECT)?, module(ATTEND)?, module(MERGE)?];
         let function = |module, name: &str| {
             let name = CString::new(name).expect("names have no zero");
             // SAFETY: a module just loaded.
             unsafe { result::module::get_function(module, name) }.map_err(Error::driver("find a kernel"))
         };
+        [self.rows_of, self.gather] = [function(rows, "rows_of")?, function(rows, "gather")?];
         let blocks = |function, threads: usize| {
             // SAFETY: a function just found.
             let per_sm =

@@ -21,6 +21,8 @@ pub struct Call<'a> {
     pub rows: u64,
     /// At most 4.
     pub bounds: &'a [&'a Bound],
+    /// Stream of the cache that K begins with.
+    pub first_stream: u32,
 }
 
 /// Device memory that calls on one stream share, one after the other.
@@ -34,11 +36,15 @@ impl Workspace {
     /// # Errors
     /// A call is not supported, needs more than 256 MiB, or the memory cannot be had.
     pub fn for_calls(device: &Arc<Device>, calls: &[&Call<'_>]) -> Result<Workspace, Error> {
-        let mut bytes = 0;
-        for call in calls {
-            bytes = bytes.max(Plan::new(device, call)?.bytes);
-        }
-        Ok(Workspace { buffer: Buffer::new(device, "the workspace", bytes)? })
+        Ok(Workspace { buffer: Buffer::new(device, "the workspace", Workspace::bytes_for(device, calls)?)? })
+    }
+
+    /// Size of what `for_calls` makes.
+    ///
+    /// # Errors
+    /// A call is not supported or needs more than 256 MiB.
+    pub fn bytes_for(device: &Device, calls: &[&Call<'_>]) -> Result<usize, Error> {
+        calls.iter().try_fold(0, |bytes, call| Ok(Plan::new(device, call)?.bytes.max(bytes)))
     }
 
     /// Size in bytes.
@@ -106,6 +112,19 @@ impl Attention {
         Ok(Attention { device: device.clone(), plan })
     }
 
+    /// 32-bit words of what is counted of a row and KV head.
+    pub const WORK_WORDS: usize = size_of::<Work>() / 4;
+
+    /// From now on the counts go to `[n_head_kv][n_row]` entries at this device address, instead of to the workspace.
+    pub fn count_at(&mut self, address: u64) {
+        self.plan.parameters.work = address;
+    }
+
+    /// An entry of the counts: the row's binding, none if it was dense, and keys in its kept clusters.
+    pub fn counts(words: &[u32; Self::WORK_WORDS]) -> (Option<usize>, usize) {
+        (usize::try_from(words[0] as i32).ok(), words[2] as usize)
+    }
+
     /// Puts the call on a stream. Waits for nothing, allocates nothing.
     ///
     /// # Errors
@@ -116,7 +135,21 @@ impl Attention {
     /// else uses the workspace meanwhile.
     pub unsafe fn launch(&self, stream: sys::CUstream) -> Result<(), Error> {
         // SAFETY: the same contract.
-        (0..STAGES.len()).try_for_each(|stage| unsafe { self.launch_stage(stage, stream) })
+        (0..STAGES.len()).try_for_each(|stage| unsafe { self.launch_stage(stage, stream, true) })
+    }
+
+    /// The same where the stream comes from waiting for another one: nothing may start before that.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    ///
+    /// # Safety
+    /// As for `launch`.
+    pub unsafe fn launch_after_others(&self, stream: sys::CUstream) -> Result<(), Error> {
+        let first = if self.plan.coarse.is_some() { 0 } else { 2 };
+        let first = if self.plan.parameters.n_bound == 0 { 3 } else { first };
+        // SAFETY: the same contract.
+        (0..STAGES.len()).try_for_each(|stage| unsafe { self.launch_stage(stage, stream, stage > first) })
     }
 
     /// One stage of `STAGES` alone, for benches; those before it must have run.
@@ -126,7 +159,7 @@ impl Attention {
     ///
     /// # Safety
     /// As for `launch`.
-    pub unsafe fn launch_stage(&self, stage: usize, stream: sys::CUstream) -> Result<(), Error> {
+    pub unsafe fn launch_stage(&self, stage: usize, stream: sys::CUstream, early: bool) -> Result<(), Error> {
         let (p, plan) = (&self.plan.parameters, &self.plan);
         let kernels = &self.device.heads[plan.head];
         let lookup = |p: &params::Call| [CHECK_BLOCKS as u32 + p.n_head_kv + p.lookup_blocks, p.n_bound, 1];
@@ -150,7 +183,7 @@ impl Attention {
             _ => (kernels.merge, [p.n_row * p.n_head_kv, p.group, 1], [HEAD_DIMS[plan.head], MERGE_GROUPS], p),
         };
         // SAFETY: the kernels take one parameter, a `params::Call`; the rest is the caller's contract.
-        unsafe { self.device.start(function, grid, threads, parameters, true, stream) }
+        unsafe { self.device.start(function, grid, threads, parameters, early, stream) }
     }
 
     /// Fine clusters that the coarse level opened for a row and KV head in the last launch, in the order of `scores`; none

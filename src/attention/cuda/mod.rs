@@ -13,20 +13,26 @@ mod module;
 mod params;
 mod plan;
 mod resident;
+mod rows;
+mod stream;
 
 pub use bound::Bound;
 pub use device::Device;
 pub(crate) use device::{KMEANS_ASSIGN, KMEANS_CENTRE, KMEANS_REPAIR, KMEANS_SORT, KMEANS_SUMMARY, KMEANS_UNIT};
 pub use launch::{Attention, Call, Workspace, STAGES};
-pub use memory::Buffer;
+pub use memory::{is_on, Buffer};
 pub(crate) use memory::{Carver, Pinned};
 pub(crate) use module::Module;
 pub use resident::Resident;
+pub use rows::{gather, DeviceRows, Masks, RowMap, RowNumbers, Watched, MAX_WRITTEN};
+pub use stream::{Event, Executable, Mapped, Stream};
 
 /// Head sizes (of keys and values alike) that the kernels are built for.
 pub const HEAD_DIMS: [usize; 2] = [64, 128];
 /// Query rows of one call at most.
 pub const MAX_ROWS: usize = 16;
+/// Bindings of one call at most.
+pub const BOUND_MAX: usize = params::MAX_BOUND;
 
 /// Prefix, in tokens, from which a sparse call of one query row is faster than the best dense attention: the default of the
 /// smallest prefix on a GPU. Measured on an H100 (docs/benchmarks.md); what counts is the bytes that a token has in the cache.

@@ -162,6 +162,8 @@ impl Plan {
                     .saturating_sub(meta.n_sink as usize) as u32,
             };
             [*to, *coarse] = parameters;
+            to.stream = to.stream.wrapping_sub(call.first_stream);
+            coarse.stream = to.stream;
             // A level that only stands in for a missing one is opened whole.
             coarse.target = if s.n_coarse > 0 { keys(call.selection.opened_share()) } else { EVERY };
             n_coarse = n_coarse.max(s.n_coarse as usize);

@@ -1,0 +1,95 @@
+// Rows: which binding each query row of a graph has, found once per graph, before its layers. Ends bindings whose cells the
+// graph is about to write, or whose last clustered token is no longer the one that was bound.
+#include "rows.cuh"
+
+namespace squeeze {
+namespace {
+
+// Does the graph write a cell that the binding holds?
+__device__ bool writes(const Rows &call, const Held &held) {
+    bool found = false;
+    for (uint32_t w = 0; w < call.n_written; ++w) {
+        const Written &written = call.written[w];
+        for (uint32_t i = threadIdx.x; i < written.n; i += blockDim.x) {
+            const int64_t at = written.wide ? reinterpret_cast<const int64_t *>(written.numbers)[i]
+                                            : reinterpret_cast<const int32_t *>(written.numbers)[i];
+            const uint64_t stream = static_cast<uint64_t>(at) / held.n_cell, cell = static_cast<uint64_t>(at) % held.n_cell;
+            found |= stream == held.stream && (held.holds[cell / 32] >> cell % 32 & 1) != 0;
+        }
+    }
+    return found;
+}
+
+// Do the rows of the guarded cell differ from those that were bound?
+__device__ bool changed(const Held &held) {
+    bool found = false;
+    if (held.guard == nullptr) return false;
+    for (uint32_t i = threadIdx.x; i < held.k_bytes / 4; i += blockDim.x)
+        found |= reinterpret_cast<const uint32_t *>(held.k)[i] != held.guard[i];
+    for (uint32_t i = threadIdx.x; i < held.v_bytes / 4; i += blockDim.x)
+        found |= reinterpret_cast<const uint32_t *>(held.v)[i] != held.guard[held.k_bytes / 4 + i];
+    return found;
+}
+
+}  // namespace
+
+// Grid: (parts of the longest prefix, bindings); the block that ends last decides.
+extern "C" __global__ void __launch_bounds__(ROWS_THREADS) rows_of(const __grid_constant__ Rows call) {
+    const Held &held = call.held[blockIdx.y];
+    if (blockIdx.x == 0) {
+        const bool over = writes(call, held) || changed(held);
+        if (__syncthreads_or(over) && threadIdx.x == 0) *held.valid = 0;
+    }
+    const uint32_t begin = blockIdx.x * ROWS_PART, end = min(begin + ROWS_PART, held.n_prefix);
+    for (uint32_t row = 0; row < call.n_row; ++row) {
+        const uint32_t stream = row / call.n_query, query = row % call.n_query;
+        const half *mask = reinterpret_cast<const half *>(call.mask.data + query * call.mask.nb1 +
+                                                          stream % call.mask_streams * call.mask.nb3);
+        bool hidden = stream / call.k_share + call.first_stream != held.stream;
+        if (!hidden) {
+            for (uint32_t token = begin + threadIdx.x; token < end; token += ROWS_THREADS) {
+                const uint32_t cell = held.cells != nullptr ? held.cells[token] : held.first_cell + token;
+                hidden |= cell >= call.n_kv || (__half_as_ushort(mask[min(cell, call.n_kv - 1)]) & 0x7fff) != 0;
+            }
+        }
+        if (__syncthreads_or(hidden) && threadIdx.x == 0) call.hidden[blockIdx.y * MAX_ROWS + row] = 1;
+    }
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(call.done, 1) == gridDim.x * gridDim.y - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    if (!last) return;
+    int32_t own = -1;
+    if (threadIdx.x < call.n_row) {
+        for (int b = call.n_choice - 1; b >= 0; --b) {
+            const bool holds = *static_cast<volatile uint32_t *>(call.held[b].valid) != 0;
+            if (holds && *static_cast<volatile uint32_t *>(&call.hidden[b * MAX_ROWS + threadIdx.x]) == 0) own = b;
+        }
+        call.rows[threadIdx.x] = own;
+    }
+    const int n_sparse = __syncthreads_count(own >= 0);
+    // For the next launch, and for whoever looks from the host.
+    if (threadIdx.x < MAX_BOUND * MAX_ROWS) call.hidden[threadIdx.x] = 0;
+    if (threadIdx.x == 0) *call.done = 0, *static_cast<volatile uint32_t *>(call.n_sparse) = n_sparse;
+    if (threadIdx.x < call.n_bound) {
+        *static_cast<volatile uint32_t *>(call.held[threadIdx.x].status) =
+            *static_cast<volatile uint32_t *>(call.held[threadIdx.x].valid);
+    }
+}
+
+// Single elements of a cache's K and V rows, side by side. A thread per element.
+extern "C" __global__ void __launch_bounds__(ROWS_THREADS) gather(const __grid_constant__ Gather call) {
+    const uint32_t n = call.n_k + call.n_v;
+    const uint64_t at = static_cast<uint64_t>(blockIdx.x) * ROWS_THREADS + threadIdx.x;
+    const uint32_t i = at % n;
+    const uint64_t cell = at / n;
+    if (cell >= call.n_cell) return;
+    const char *row = i < call.n_k ? call.k + cell * call.k_nb1 : call.v + cell * call.v_nb1;
+    call.out[at] = reinterpret_cast<const half *>(row)[call.elements[i]];
+}
+
+}  // namespace squeeze

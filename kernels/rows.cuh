@@ -1,0 +1,65 @@
+// What a graph hands to `rows_of` and a search to `gather`. Mirrored in src/attention/cuda/rows.rs.
+#pragma once
+
+#include "params.cuh"
+
+namespace squeeze {
+
+constexpr int ROWS_THREADS = 256;
+// Tokens of a prefix that a block looks up in the masks.
+constexpr uint32_t ROWS_PART = 2048;
+constexpr int MAX_ROWS = 16;
+// Tensors of row numbers that a graph writes its cache by.
+constexpr int MAX_WRITTEN = 4;
+
+// Numbers of cache rows (cell + stream * cells per stream): 64 bits `wide`, or 32.
+struct Written {
+    const void *numbers;
+    uint32_t n;
+    uint32_t wide;
+};
+
+// A binding, as `Bound`.
+struct Held {
+    const uint32_t *cells;
+    // [n_cell] bits: is the cell one of the prefix's?
+    const uint32_t *holds;
+    // Rows of all KV heads of one cell in the deepest layer, and the bytes, K's before V's, that they had when bound.
+    const char *k, *v;
+    const uint32_t *guard;
+    uint32_t *valid;
+    // Host memory: `valid` after the last launch.
+    uint32_t *status;
+    uint32_t first_cell, n_prefix, stream, n_cell, k_bytes, v_bytes;
+};
+
+struct Rows {
+    Strided mask;
+    Written written[MAX_WRITTEN];
+    Held held[MAX_BOUND];
+    // [MAX_ROWS] binding of each row, -1: dense.
+    int32_t *rows;
+    // [MAX_BOUND][MAX_ROWS] and a counter: 0 between launches.
+    uint32_t *hidden, *done;
+    // `n_row` may be 0: then only the bindings are checked.
+    // The first `n_choice` bindings are those that rows may have.
+    uint32_t n_query, n_row, n_kv, k_share, first_stream, mask_streams, n_bound, n_choice, n_written, unused;
+    // Host memory: rows that have a binding, after the last launch.
+    uint32_t *n_sparse;
+};
+
+struct Gather {
+    const char *k, *v;
+    uint64_t k_nb1, v_nb1;
+    // [n_k + n_v] elements of a K row, then of a V row.
+    const uint32_t *elements;
+    // [n_cell][n_k + n_v]
+    half *out;
+    uint32_t n_k, n_v, n_cell, unused;
+};
+
+constexpr int ROWS_BYTES = 488;
+constexpr int GATHER_BYTES = 64;
+static_assert(sizeof(Rows) == ROWS_BYTES && sizeof(Gather) == GATHER_BYTES);
+
+}  // namespace squeeze

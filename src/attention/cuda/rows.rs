@@ -1,0 +1,367 @@
+//! What is done once per graph, on the device: which binding each query row has, and the checks of the bindings.
+
+use std::sync::Arc;
+
+use super::params::{Strided, MAX_BOUND};
+use super::{Bound, Buffer, Device, Error, Mapped, Stream, MAX_ROWS};
+
+const THREADS: usize = 256;
+const PART: usize = 2048;
+/// Tensors of row numbers of one graph at most.
+pub const MAX_WRITTEN: usize = 4;
+
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+struct Written {
+    numbers: u64,
+    n: u32,
+    wide: u32,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+struct Held {
+    cells: u64,
+    holds: u64,
+    k: u64,
+    v: u64,
+    guard: u64,
+    valid: u64,
+    status: u64,
+    first_cell: u32,
+    n_prefix: u32,
+    stream: u32,
+    n_cell: u32,
+    k_bytes: u32,
+    v_bytes: u32,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+struct Parameters {
+    mask: Strided,
+    written: [Written; MAX_WRITTEN],
+    held: [Held; MAX_BOUND],
+    rows: u64,
+    hidden: u64,
+    done: u64,
+    n_query: u32,
+    n_row: u32,
+    n_kv: u32,
+    k_share: u32,
+    first_stream: u32,
+    mask_streams: u32,
+    n_bound: u32,
+    n_choice: u32,
+    n_written: u32,
+    unused: u32,
+    n_sparse: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+struct Gather {
+    k: u64,
+    v: u64,
+    k_nb1: u64,
+    v_nb1: u64,
+    elements: u64,
+    out: u64,
+    n_k: u32,
+    n_v: u32,
+    n_cell: u32,
+    unused: u32,
+}
+
+/// Row numbers (cell + stream * cells per stream) that a graph writes its cache by: a contiguous vector in device memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RowNumbers {
+    pub address: u64,
+    pub n: usize,
+    /// 64 bits each, or 32.
+    pub wide: bool,
+}
+
+/// One layer's cache in device memory: rows of all KV heads, F16.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceRows {
+    /// Address, bytes per cell, and elements per row.
+    pub k: (u64, usize, usize),
+    pub v: (u64, usize, usize),
+    pub n_cell: usize,
+}
+
+impl DeviceRows {
+    fn row_bytes(&self) -> [usize; 2] {
+        [2 * self.k.2, 2 * self.v.2]
+    }
+
+    fn row(&self, cell: usize) -> [u64; 2] {
+        [self.k, self.v].map(|(at, step, _)| at + (cell * step) as u64)
+    }
+}
+
+/// A binding with what ends it: writes to its cells, and a change of its last clustered token in the deepest layer.
+pub struct Watched {
+    pub bound: Bound,
+    holds: Buffer,
+    n_cell: usize,
+    guard: Option<(Buffer, DeviceRows, usize)>,
+    /// 1 as long as it holds, as of the last launch that is done.
+    status: Mapped,
+}
+
+impl Watched {
+    /// `cells` are those of `bound`, in a stream of `n_cell`.
+    ///
+    /// # Errors
+    /// Memory is short.
+    pub fn new(bound: Bound, cells: &[u32], n_cell: usize) -> Result<Watched, Error> {
+        let device = bound.resident().device().clone();
+        let mut bits = vec![0u32; n_cell.div_ceil(32)];
+        cells.iter().for_each(|c| bits[*c as usize / 32] |= 1 << (c % 32));
+        let holds = Buffer::of(&device, "a binding", &bits)?;
+        let status = Mapped::new(&device, 1)?;
+        status.set(0, 1);
+        Ok(Watched { bound, holds, n_cell, guard: None, status })
+    }
+
+    /// From now on each graph compares the rows of `cell` with what they are when the stream comes to this.
+    ///
+    /// # Errors
+    /// Memory is short, or the driver refuses.
+    ///
+    /// # Safety
+    /// The rows are device memory for as long as the binding is checked; they lie on multiples of 4 bytes.
+    pub unsafe fn guard(&mut self, rows: DeviceRows, cell: usize, stream: &Stream) -> Result<(), Error> {
+        let [k_bytes, v_bytes] = rows.row_bytes();
+        let saved = Buffer::new(self.bound.resident().device(), "a binding", k_bytes + v_bytes)?;
+        let [k, v] = rows.row(cell);
+        // SAFETY: as large as made; rows by contract.
+        unsafe {
+            stream.copy(saved.address(), k, k_bytes)?;
+            stream.copy(saved.address() + k_bytes as u64, v, v_bytes)?;
+        }
+        self.guard = Some((saved, rows, cell));
+        Ok(())
+    }
+
+    /// Did it hold in the last graph that is done?
+    pub fn held(&self) -> bool {
+        self.status.get(0) != 0
+    }
+
+    fn parameters(&self) -> Held {
+        let own = self.bound.place();
+        let mut held = Held {
+            cells: own.cells,
+            holds: self.holds.address(),
+            valid: own.valid,
+            status: self.status.address(0),
+            first_cell: own.first_cell,
+            n_prefix: own.n_prefix,
+            stream: own.stream,
+            n_cell: self.n_cell as u32,
+            ..Held::default()
+        };
+        if let Some((saved, rows, cell)) = &self.guard {
+            [held.k, held.v] = rows.row(*cell);
+            [held.k_bytes, held.v_bytes] = rows.row_bytes().map(|n| n as u32);
+            held.guard = saved.address();
+        }
+        held
+    }
+}
+
+/// The masks of a graph's query rows: F16, device memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Masks {
+    pub mask: crate::attention::Array,
+    pub n_query: usize,
+    /// Streams of the queries, and of K; the first of K's in the cache.
+    pub n_stream: usize,
+    pub k_streams: usize,
+    pub first_stream: usize,
+    pub n_kv: usize,
+}
+
+/// Finds each row's binding, for all layers of a graph.
+pub struct RowMap {
+    device: Arc<Device>,
+    parameters: Parameters,
+    n_part: u32,
+    memory: Buffer,
+    /// Rows that had a binding in the last launch that is done.
+    n_sparse: Mapped,
+}
+
+impl RowMap {
+    /// For rows with these masks (none: the bindings are only checked) and at most 4 bindings, the first `n_choice` of which the
+    /// rows may have, in a graph that writes its cache by `written`. Of several that a row sees it has the first.
+    ///
+    /// # Errors
+    /// There is too much of something, or memory is short. A binding is given with whether its guarded rows are still there.
+    pub fn new(
+        device: &Arc<Device>,
+        masks: Option<&Masks>,
+        watched: &[(&Watched, bool)],
+        n_choice: usize,
+        written: &[RowNumbers],
+    ) -> Result<RowMap, Error> {
+        let n_row = masks.map_or(0, |m| m.n_query * m.n_stream);
+        let fits = n_row <= MAX_ROWS && watched.len() <= MAX_BOUND && written.len() <= MAX_WRITTEN;
+        if !fits {
+            return Err(Error::Unsupported {
+                what: "a graph",
+                got: format!("{n_row} rows, {} bindings, {} writes", watched.len(), written.len()),
+                want: "16 rows, 4 bindings and 4 tensors of row numbers at most",
+            });
+        }
+        // Rows that nobody has looked at yet are dense.
+        let mut words = vec![u32::MAX; MAX_ROWS];
+        words.resize(MAX_ROWS + MAX_BOUND * MAX_ROWS + 1, 0);
+        let memory = Buffer::of(device, "the rows of a graph", &words)?;
+        let n_sparse = Mapped::new(device, 1)?;
+        // Until the device knows better.
+        n_sparse.set(0, n_row as u32);
+        let rows = memory.address();
+        let hidden = rows + 4 * MAX_ROWS as u64;
+        let mut parameters = Parameters {
+            rows,
+            hidden,
+            done: hidden + 4 * (MAX_BOUND * MAX_ROWS) as u64,
+            n_row: n_row as u32,
+            n_query: 1,
+            k_share: 1,
+            mask_streams: 1,
+            n_bound: watched.len() as u32,
+            n_choice: n_choice as u32,
+            n_written: written.len() as u32,
+            n_sparse: n_sparse.address(0),
+            ..Parameters::default()
+        };
+        if let Some(m) = masks {
+            parameters.mask = super::params::strided(&m.mask);
+            parameters.n_query = m.n_query as u32;
+            parameters.n_kv = m.n_kv as u32;
+            parameters.k_share = (m.n_stream / m.k_streams.max(1)).max(1) as u32;
+            parameters.first_stream = m.first_stream as u32;
+            parameters.mask_streams = m.mask.ne[3].max(1) as u32;
+        }
+        for (to, (from, guarded)) in parameters.held.iter_mut().zip(watched) {
+            *to = from.parameters();
+            if !guarded {
+                (to.guard, to.k_bytes, to.v_bytes) = (0, 0, 0);
+            }
+        }
+        for (to, from) in parameters.written.iter_mut().zip(written) {
+            *to = Written { numbers: from.address, n: from.n as u32, wide: from.wide as u32 };
+        }
+        let longest = parameters.held.iter().map(|h| h.n_prefix).max().unwrap_or(0) as usize;
+        let n_part = if n_row == 0 { 1 } else { longest.div_ceil(PART).max(1) as u32 };
+        Ok(RowMap { device: device.clone(), parameters, n_part, memory, n_sparse })
+    }
+
+    /// Device address of `[16]` i32: each row's binding, by its place in the list; -1: none.
+    pub fn rows(&self) -> u64 {
+        self.memory.address()
+    }
+
+    /// Rows that had a binding in the last launch that is done; before the first, all.
+    pub fn n_sparse(&self) -> usize {
+        self.n_sparse.get(0) as usize
+    }
+
+    /// Rows that it is made for.
+    pub fn n_row(&self) -> usize {
+        self.parameters.n_row as usize
+    }
+
+    /// What `n_sparse` says until the first launch is done.
+    pub fn expect(&self, n_sparse: usize) {
+        self.n_sparse.set(0, n_sparse as u32);
+    }
+
+    /// Puts it on a stream. Waits for nothing, allocates nothing.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    ///
+    /// # Safety
+    /// Masks, row numbers, caches and bindings are alive when it runs.
+    pub unsafe fn launch(&self, stream: &Stream) -> Result<(), Error> {
+        if self.parameters.n_bound == 0 {
+            return Ok(());
+        }
+        let grid = [self.n_part, self.parameters.n_bound, 1];
+        // SAFETY: the kernel takes these parameters; the rest is the caller's contract.
+        unsafe { self.device.start(self.device.rows_of, grid, [THREADS, 1], &self.parameters, false, stream.raw()) }
+    }
+}
+
+/// The elements `k_dims` of each K row and `v_dims` of each V row of a cache's first `n_cell` cells, on the host: `[n_cell][n_k
+/// + n_v]`. Waits for the device.
+///
+/// # Errors
+/// Memory is short, or the driver refuses.
+///
+/// # Safety
+/// The rows are device memory.
+pub unsafe fn gather(
+    rows: &DeviceRows,
+    n_cell: usize,
+    k_dims: &[u32],
+    v_dims: &[u32],
+    device: &Arc<Device>,
+    stream: &Stream,
+) -> Result<Vec<half::f16>, Error> {
+    let inside = k_dims.iter().all(|d| (*d as usize) < rows.k.2) && v_dims.iter().all(|d| (*d as usize) < rows.v.2);
+    assert!(inside && n_cell <= rows.n_cell, "elements outside of a cache");
+    let n = k_dims.len() + v_dims.len();
+    let elements = Buffer::of(device, "a search", &[k_dims, v_dims].concat())?;
+    let out = Buffer::new(device, "a search", 2 * n * n_cell)?;
+    let parameters = Gather {
+        k: rows.k.0,
+        v: rows.v.0,
+        k_nb1: rows.k.1 as u64,
+        v_nb1: rows.v.1 as u64,
+        elements: elements.address(),
+        out: out.address(),
+        n_k: k_dims.len() as u32,
+        n_v: v_dims.len() as u32,
+        n_cell: n_cell as u32,
+        unused: 0,
+    };
+    let grid = [(n * n_cell).div_ceil(THREADS) as u32, 1, 1];
+    let mut found = vec![half::f16::ZERO; n * n_cell];
+    // SAFETY: elements lie inside the rows (asserted), `out` has room; the copy waits for the kernel.
+    unsafe {
+        device.start(device.gather, grid, [THREADS, 1], &parameters, false, stream.raw())?;
+        stream.read(out.address(), &mut found)?;
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_are_those_of_the_header() {
+        let header = include_str!("../../../kernels/rows.cuh");
+        let of = |name: &str| -> usize {
+            let at = header.find(&format!("{name} = ")).expect(name) + name.len() + 3;
+            header[at..].split(';').next().unwrap().trim().parse().expect(name)
+        };
+        for (name, own) in [
+            ("ROWS_THREADS", THREADS),
+            ("ROWS_PART", PART),
+            ("MAX_ROWS", MAX_ROWS),
+            ("MAX_WRITTEN", MAX_WRITTEN),
+            ("ROWS_BYTES", size_of::<Parameters>()),
+            ("GATHER_BYTES", size_of::<Gather>()),
+        ] {
+            assert_eq!(of(name), own, "{name}");
+        }
+    }
+}

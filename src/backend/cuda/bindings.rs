@@ -1,0 +1,321 @@
+//! Which cells of a cache in device memory hold which index: found on the host, from a copy of the sketch's elements, when a
+//! new graph is planned; checked on the device in every graph.
+
+use std::fmt;
+use std::sync::Arc;
+
+use half::f16;
+
+use super::super::binding::Matcher;
+use super::super::layers::Layers;
+use super::super::rows::{is_quantised, CacheRows, Rows};
+use super::super::runtime::{count, Snapshot};
+use super::super::stats::log;
+use super::make::make_room;
+use crate::attention::cuda::{self, Bound, Device, DeviceRows, Error, Resident, RowNumbers, Stream, Watched};
+use crate::attention::Element;
+
+/// Elements of a K or a V row that a search copies at most; a sketch has 16.
+const ELEMENTS_MAX: usize = 64;
+/// Searches without a find in a row after which every other, then every fourth, ... new graph is left out.
+const LONGEST_PAUSE: u32 = 64;
+
+/// An index bound to cells.
+pub struct Binding {
+    pub index_number: usize,
+    pub stream: usize,
+    pub cells: Arc<[u32]>,
+    pub last_cell: usize,
+    pub watched: Watched,
+    /// Layer whose rows end it when they change, and where they were.
+    pub guard: (u32, DeviceRows),
+}
+
+/// A query row of the graph at hand, as its mask shows it.
+pub struct Seen {
+    pub stream: usize,
+    /// Visible cells, ascending.
+    pub cells: Vec<u32>,
+}
+
+impl Seen {
+    /// Does the row see every cell?
+    pub fn all(&self, cells: &[u32]) -> bool {
+        self.cells.len() >= cells.len() && cells.iter().all(|c| self.cells.binary_search(c).is_ok())
+    }
+}
+
+/// What is bound in one backend instance.
+#[derive(Default)]
+pub struct Bindings {
+    pub all: Vec<Binding>,
+    generation: u64,
+    /// Indexes of which it was said already why they are not used.
+    told: Vec<usize>,
+    fruitless: u32,
+    pause: u32,
+}
+
+/// What a search needs of its backend.
+pub struct Gpu<'a> {
+    pub device: &'a Arc<Device>,
+    /// Comes after all that the cache was written by.
+    pub stream: &'a Stream,
+}
+
+/// A layer's rows as addresses, of one stream; `None` for what the kernels do not read.
+pub fn device_rows(layers: &Layers, layer: u32, stream: usize) -> Option<DeviceRows> {
+    let rows = layers.rows(layer, stream)?;
+    let plain = |r: &Rows| r.element == Element::F16 && (r.data as usize | r.stride | (2 * r.len)).is_multiple_of(4);
+    let of = |r: &Rows| (r.data as u64, r.stride, r.len);
+    (plain(&rows.k) && plain(&rows.v)).then(|| DeviceRows { k: of(&rows.k), v: of(&rows.v), n_cell: rows.n_cell })
+}
+
+fn name(snapshot: &Snapshot, index_number: usize) -> String {
+    let index = &snapshot.indexes[index_number].matcher.index;
+    index.path().map_or_else(|| "index".to_string(), |p| p.display().to_string())
+}
+
+impl Bindings {
+    /// Drops what another set of indexes had bound; true if there was any.
+    pub fn follow(&mut self, snapshot: &Snapshot) -> bool {
+        if self.generation == snapshot.generation {
+            return false;
+        }
+        *self = Bindings { generation: snapshot.generation, ..Bindings::default() };
+        true
+    }
+
+    /// Drops bindings that a graph that is done found ended; true if there was any.
+    pub fn drop_ended(&mut self, snapshot: &Snapshot) -> bool {
+        let before = self.all.len();
+        self.all.retain(|b| {
+            let holds = b.watched.held();
+            if !holds {
+                ended(b, snapshot, "its cells are overwritten or hold something else now");
+            }
+            holds
+        });
+        self.all.len() != before
+    }
+
+    /// Drops all, because of a graph that rewrites the cache in a way that cannot be followed.
+    pub fn drop_all(&mut self, snapshot: &Snapshot) -> bool {
+        let all = std::mem::take(&mut self.all);
+        all.iter().for_each(|b| ended(b, snapshot, "the cache is rewritten as a whole"));
+        !all.is_empty()
+    }
+
+    /// Shall a new graph look for bindings? Seldom, while nothing is found.
+    pub fn wants_search(&mut self) -> bool {
+        if self.pause > 0 {
+            self.pause -= 1;
+            return false;
+        }
+        true
+    }
+
+    /// A prefill has written to the cache: look again.
+    pub fn prefilled(&mut self) {
+        (self.fruitless, self.pause) = (0, 0);
+    }
+
+    /// Binds what the rows see and is not bound yet; true if something new is. Waits for the device.
+    ///
+    /// # Errors
+    /// The driver refuses, or memory is short.
+    pub fn search(
+        &mut self,
+        snapshot: &Snapshot,
+        layers: &Layers,
+        seen: &[Seen],
+        written: &[RowNumbers],
+        gpu: &Gpu<'_>,
+        min_prefix: &dyn Fn(&Matcher) -> usize,
+    ) -> Result<bool, Error> {
+        let mut found = false;
+        let mut written_rows: Option<Vec<i64>> = None;
+        for row in seen {
+            // Indexes are in order of length, the longest first.
+            for (number, loaded) in snapshot.indexes.iter().enumerate() {
+                let matcher = &loaded.matcher;
+                if self.all.iter().any(|b| b.index_number == number && b.stream == row.stream && row.all(&b.cells)) {
+                    break;
+                }
+                let n = matcher.index.meta().n_prefix();
+                if row.cells.len() < n || n < min_prefix(matcher) {
+                    continue;
+                }
+                let written_rows = match &written_rows {
+                    Some(rows) => rows,
+                    None => written_rows.insert(read_numbers(written, gpu)?),
+                };
+                if self.try_index(snapshot, number, layers, row, written_rows, gpu)? {
+                    found = true;
+                    break;
+                }
+            }
+        }
+        self.fruitless = if found { 0 } else { (self.fruitless + 1).min(LONGEST_PAUSE.ilog2() + 4) };
+        // The first few cost little; an index that never fits shall not be looked for all the time.
+        self.pause = if self.fruitless > 4 { 1 << (self.fruitless - 4) } else { 0 };
+        Ok(found)
+    }
+
+    fn try_index(
+        &mut self,
+        snapshot: &Snapshot,
+        number: usize,
+        layers: &Layers,
+        row: &Seen,
+        written: &[i64],
+        gpu: &Gpu<'_>,
+    ) -> Result<bool, Error> {
+        let matcher = &snapshot.indexes[number].matcher;
+        let (sketch, stream) = (matcher.index.sketch(), row.stream);
+        let Some(full) = layers.rows(sketch.layer, stream) else { return Ok(false) };
+        if !matcher.fits(&full) {
+            let model = &matcher.index.meta().model.name;
+            let why = format_args!(
+                "was built with another model ({model}) than this one: attention stays dense with this model"
+            );
+            self.tell(snapshot, number, why);
+            return Ok(false);
+        }
+        let Some(rows) = device_rows(layers, sketch.layer, stream) else { return Ok(false) };
+        let n_cell = row.cells.last().map_or(0, |c| *c as usize + 1);
+        if sketch.k_dims.len().max(sketch.v_dims.len()) > ELEMENTS_MAX || n_cell > rows.n_cell {
+            return Ok(false);
+        }
+        // SAFETY: rows of a live cache of this backend.
+        let copy = unsafe { cuda::gather(&rows, n_cell, sketch.k_dims, sketch.v_dims, gpu.device, gpu.stream)? };
+        let compact = compact(&copy, sketch.k_dims.len(), sketch.v_dims.len(), n_cell);
+        let being_written: Vec<u32> = written
+            .iter()
+            .filter(|r| **r >= 0 && **r as usize / rows.n_cell == stream)
+            .map(|r| (*r as usize % rows.n_cell) as u32)
+            .collect();
+        let Some(cells) = matcher.find(&compact, &row.cells, &|cell| !being_written.contains(&cell)) else {
+            return Ok(false);
+        };
+        let index = &matcher.index;
+        // Layers on another device: nothing vouches for what is here.
+        if index.probes().iter().any(|p| device_rows(layers, p.layer, stream).is_none()) {
+            return Ok(false);
+        }
+        if !probes_agree(matcher, layers, stream, &cells, gpu)? {
+            let model = &index.meta().model.name;
+            let why = format_args!(
+                "has other keys in later layers than this cache for the same tokens: another model than {model}, a LoRA, or \
+                 cells moved from behind another text; attention over them stays dense"
+            );
+            self.tell(snapshot, number, why);
+            return Ok(false);
+        }
+        let deepest =
+            index.shapes().iter().map(|s| s.layer).filter(|l| device_rows(layers, *l, stream).is_some()).max();
+        let Some(deepest) = deepest else { return Ok(false) };
+        let Some(deep) = device_rows(layers, deepest, stream) else { return Ok(false) };
+        let resident = Resident::of(index, gpu.device)?;
+        let bound = Bound::new(resident, &cells, rows.n_cell, stream as u32)?;
+        let mut watched = Watched::new(bound, &cells, rows.n_cell)?;
+        let last = cells[matcher.last_clustered()] as usize;
+        // SAFETY: as above; plans check that the rows are where they were.
+        unsafe { watched.guard(deep, last, gpu.stream)? };
+        if snapshot.config.log > 0 {
+            let how = if cells.windows(2).all(|w| w[1] == w[0] + 1) { "contiguous" } else { "scattered" };
+            let (n, first, gpu) = (cells.len(), cells[0], gpu.device.name());
+            log(format_args!(
+                "{} is bound: {n} tokens from cell {first} of stream {stream}, {how}, on {gpu}",
+                name(snapshot, number)
+            ));
+        }
+        count(|s| s.bound += 1);
+        let last_cell = cells.iter().copied().max().unwrap_or(0) as usize;
+        let guard = (deepest, deep);
+        make_room(&mut self.all);
+        self.all.push(Binding { index_number: number, stream, cells: cells.into(), last_cell, watched, guard });
+        Ok(true)
+    }
+
+    /// Says once why an index is not used although its layers or tokens are there.
+    pub fn tell(&mut self, snapshot: &Snapshot, index_number: usize, why: impl fmt::Display) {
+        if !self.told.contains(&index_number) {
+            self.told.push(index_number);
+            log(format_args!("{} {why}", name(snapshot, index_number)));
+        }
+    }
+}
+
+fn ended(binding: &Binding, snapshot: &Snapshot, why: &str) {
+    count(|s| s.unbound += 1);
+    if snapshot.config.log > 0 && binding.index_number < snapshot.indexes.len() {
+        let index = name(snapshot, binding.index_number);
+        log(format_args!("{index} is no longer bound to stream {}: {why}", binding.stream));
+    }
+}
+
+/// The copy of a cache's sketch elements as rows for the matcher.
+fn compact(copy: &[f16], n_k: usize, n_v: usize, n_cell: usize) -> CacheRows {
+    let rows = |first: usize, len: usize| Rows {
+        data: copy[first.min(copy.len())..].as_ptr().cast(),
+        stride: 2 * (n_k + n_v),
+        len,
+        element: Element::F16,
+        compact: true,
+    };
+    CacheRows { k: rows(0, n_k), v: rows(n_k, n_v), n_cell }
+}
+
+fn read_numbers(written: &[RowNumbers], gpu: &Gpu<'_>) -> Result<Vec<i64>, Error> {
+    let mut all = Vec::new();
+    for numbers in written {
+        // SAFETY: vectors of so many numbers, inputs of the graph at hand.
+        unsafe {
+            if numbers.wide {
+                let mut own = vec![0i64; numbers.n];
+                gpu.stream.read(numbers.address, &mut own)?;
+                all.extend(own);
+            } else {
+                let mut own = vec![0i32; numbers.n];
+                gpu.stream.read(numbers.address, &mut own)?;
+                all.extend(own.into_iter().map(i64::from));
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// Compares the probed rows of later layers, which it copies to the host.
+fn probes_agree(
+    matcher: &Matcher,
+    layers: &Layers,
+    stream: usize,
+    cells: &[u32],
+    gpu: &Gpu<'_>,
+) -> Result<bool, Error> {
+    let mut tokens: Vec<u32> = matcher.index.probes().iter().flat_map(|p| p.tokens.iter().copied()).collect();
+    tokens.sort_unstable();
+    tokens.dedup();
+    // Rows are copied side by side: that is where the matcher then finds the tokens.
+    let mut places = vec![0u32; cells.len()];
+    tokens.iter().enumerate().for_each(|(at, t)| places[*t as usize] = at as u32);
+    let mut copies: Vec<(u32, Vec<f16>)> = Vec::new();
+    for probe in matcher.index.probes() {
+        let Some(rows) = device_rows(layers, probe.layer, stream) else { return Ok(false) };
+        let mut copy = vec![f16::ZERO; rows.k.2 * tokens.len()];
+        for (token, to) in tokens.iter().zip(copy.chunks_exact_mut(rows.k.2)) {
+            let cell = cells[*token as usize] as usize;
+            // SAFETY: a row of a live cache.
+            unsafe { gpu.stream.read(rows.k.0 + (cell * rows.k.1) as u64, to)? };
+        }
+        copies.push((probe.layer, copy));
+    }
+    let rows_of = |layer: u32| {
+        let (full, copy) = (layers.rows(layer, stream)?, &copies.iter().find(|c| c.0 == layer)?.1);
+        let k = Rows { data: copy.as_ptr().cast(), stride: 2 * full.k.len, ..full.k };
+        debug_assert!(!is_quantised(k.element));
+        Some(CacheRows { k, v: full.v, n_cell: tokens.len() })
+    };
+    Ok(matcher.probes_agree(&places, &rows_of))
+}

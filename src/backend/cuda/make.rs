@@ -1,0 +1,429 @@
+//! Makes the plan of a graph: which bindings its rows may have, and what computes each attention node.
+
+use std::sync::Arc;
+
+use half::f16;
+
+use super::super::binding::Matcher;
+use super::super::runtime::{Loaded, Snapshot};
+use super::super::stats::Reason;
+use super::bindings::{device_rows, Gpu, Seen};
+use super::plan::{Plan, Share, Step, Tally};
+use super::stock::Stock;
+use super::survey::{Site, Survey};
+use super::Ready;
+use crate::attention::cuda::{
+    self, Attention, Bound, Call, Error, Masks, RowMap, RowNumbers, Watched, Workspace, BOUND_MAX, MAX_ROWS,
+};
+use crate::attention::{Array, Element, Mode, Problem, Selection, Spread};
+
+/// A plan, the reasons of nodes that stay dense, and the number of forced ones.
+type Made = (Plan, Vec<Reason>, u64);
+
+/// Shortest prefix that an index is used for.
+fn min_prefix(snapshot: &Snapshot, matcher: &Matcher) -> usize {
+    let measured = || {
+        let shapes = matcher.index.shapes().iter();
+        shapes.map(|s| cuda::min_prefix(s.n_head_kv as usize, s.head_dim_k as usize)).max().unwrap_or(usize::MAX)
+    };
+    snapshot.config.min_prefix.unwrap_or_else(measured)
+}
+
+/// One stream's rows `first..first + n` of a call.
+fn rows_of(p: &Problem, stream: usize, first: usize, n: usize) -> Problem {
+    let at = |a: &Array, bytes: usize, ne1: Option<usize>| {
+        let [n0, n1, n2, _] = a.ne;
+        Array { data: a.data.wrapping_add(bytes), ne: [n0, ne1.unwrap_or(n1), n2, 1], nb: a.nb }
+    };
+    let share = |a: &Array| stream / (p.q.ne[3] / a.ne[3].max(1)).max(1);
+    let mask = p.mask.as_ref().map(|m| {
+        let bytes = first * m.nb[1] + stream % m.ne[3].max(1) * m.nb[3];
+        at(m, bytes, Some(m.ne[1].saturating_sub(first)))
+    });
+    let mut dst = at(&p.dst, first * p.dst.nb[2] + stream * p.dst.nb[3], None);
+    dst.ne[2] = n;
+    Problem {
+        q: at(&p.q, first * p.q.nb[1] + stream * p.q.nb[3], Some(n)),
+        k: at(&p.k, share(&p.k) * p.k.nb[3], None),
+        v: at(&p.v, share(&p.v) * p.v.nb[3], None),
+        mask,
+        dst,
+        ..*p
+    }
+}
+
+/// A call of any number of rows as calls of at most 16.
+fn cut(p: &Problem) -> Vec<Problem> {
+    if p.n_row() <= MAX_ROWS {
+        return vec![*p];
+    }
+    let n_query = p.q.ne[1];
+    let firsts = |stream| (0..n_query).step_by(MAX_ROWS).map(move |first| (stream, first));
+    (0..p.q.ne[3]).flat_map(firsts).map(|(s, first)| rows_of(p, s, first, MAX_ROWS.min(n_query - first))).collect()
+}
+
+/// Why a node is none of ours whatever is bound, if so.
+fn refusal(site: &Site, snapshot: &Snapshot) -> Option<Reason> {
+    let p = &site.problem;
+    let Some(layer) = site.layer else { return Some(Reason::NoCache) };
+    let indexed = |l: &Loaded| l.matcher.index.layer(layer).is_some();
+    if !snapshot.indexes.iter().any(indexed) {
+        return Some(Reason::Layer);
+    }
+    if p.max_bias != 0.0 {
+        return Some(Reason::Alibi);
+    }
+    if p.k_type != Element::F16 || p.v_type != Element::F16 {
+        return Some(Reason::Type);
+    }
+    if p.n_row() > MAX_ROWS {
+        return Some(Reason::Prefill);
+    }
+    let rows = |m: &Array| m.ne[0] >= p.k.ne[1] && m.ne[1] >= p.q.ne[1] && m.ne[2] == 1 && m.nb[0] == 2;
+    match &p.mask {
+        Some(mask) if site.mask_is_input && rows(mask) => None,
+        _ => Some(Reason::Mask),
+    }
+}
+
+/// Nodes that share masks and a place in the cache share their rows' bindings.
+fn key(site: &Site) -> (usize, usize, [usize; 4], [usize; 4]) {
+    let p = &site.problem;
+    (p.mask.map_or(0, |m| m.data as usize), site.first_stream, p.k.ne, p.q.ne)
+}
+
+fn masks(site: &Site, mask: Array) -> Masks {
+    let p = &site.problem;
+    Masks {
+        mask,
+        n_query: p.q.ne[1],
+        n_stream: p.q.ne[3],
+        k_streams: p.k.ne[3],
+        first_stream: site.first_stream,
+        n_kv: p.k.ne[1],
+    }
+}
+
+impl Ready {
+    pub(super) fn make(
+        &mut self,
+        survey: &Survey,
+        n_node: usize,
+        stock: &Stock<'_>,
+        snapshot: &Snapshot,
+    ) -> Result<Made, Error> {
+        let config = &snapshot.config;
+        let mut dense = survey.dense.clone();
+        if config.attention_free {
+            let zero = |site: &Site| {
+                let dst = &site.problem.dst;
+                let n: usize = dst.ne.iter().product();
+                (site.node, Step::Zero { at: dst.data as u64, bytes: 4 * n })
+            };
+            let own = survey.sites.iter().map(zero).collect();
+            return Ok((self.plan_of(survey, own, n_node), dense, 0));
+        }
+        if config.force {
+            let own = self.forced(survey, &mut dense)?;
+            let n = own.len() as u64;
+            return Ok((self.plan_of(survey, own, n_node), dense, n));
+        }
+        let mut sites = Vec::new();
+        for site in &survey.sites {
+            match refusal(site, snapshot) {
+                Some(reason) => dense.push(reason),
+                None => sites.push(site),
+            }
+        }
+        if dense.contains(&Reason::Prefill) {
+            self.bindings.prefilled();
+        }
+        if let Some(first) = sites.first().copied() {
+            let same = |site: &&Site| key(site) == key(first);
+            dense.extend(sites.iter().filter(|s| !same(s)).map(|_| Reason::Mask));
+            sites.retain(same);
+            if let Some(plan) = self.sparse(&mut sites, survey, n_node, stock, snapshot, &mut dense)? {
+                return Ok((plan, dense, 0));
+            }
+            dense.extend(sites.iter().map(|_| Reason::Unbound));
+        }
+        let mut plan = Plan::default();
+        if !self.bindings.all.is_empty() && !survey.written.is_empty() {
+            plan.map = Some(self.map(None, &[], &survey.written)?);
+        }
+        Ok((plan, dense, 0))
+    }
+
+    /// A plan in which `own` (by node) replaces nodes, and the stock backend computes the others.
+    fn plan_of(&self, survey: &Survey, own: Vec<(usize, Step)>, n_node: usize) -> Plan {
+        let mut steps = Vec::new();
+        let mut next = 0;
+        for (node, step) in own {
+            if node > next {
+                steps.push(Step::Stock(next..node));
+            }
+            steps.push(step);
+            next = node + 1;
+        }
+        if !steps.is_empty() && next < n_node {
+            steps.push(Step::Stock(next..n_node));
+        }
+        let workspace = self.workspace.clone();
+        Plan { steps, _workspace: workspace, can_be_captured: survey.can_be_captured, ..Plan::default() }
+    }
+
+    /// A workspace that suffices for these calls, shared by all plans that it is large enough for.
+    fn workspace(&mut self, calls: &[&Call<'_>]) -> Result<Arc<Workspace>, Error> {
+        let bytes = Workspace::bytes_for(&self.gpu, calls)?;
+        match &self.workspace {
+            Some(workspace) if workspace.bytes() >= bytes => Ok(workspace.clone()),
+            _ => {
+                let made = Arc::new(Workspace::for_calls(&self.gpu, calls)?);
+                self.workspace = Some(made.clone());
+                Ok(made)
+            }
+        }
+    }
+
+    /// Every node that the kernels take, over all its cells.
+    fn forced(&mut self, survey: &Survey, dense: &mut Vec<Reason>) -> Result<Vec<(usize, Step)>, Error> {
+        let selection =
+            Selection { mode: Mode::Budget(1.0), spread: Spread::None, alpha: 0.0, estimate: false, coarse_share: 1.0 };
+        let rows = self.dense_rows.address();
+        let mut own = Vec::new();
+        for site in &survey.sites {
+            let call = |problem| Call { problem, layer: 0, selection, rows, bounds: &[], first_stream: 0 };
+            let calls: Vec<Call<'_>> = cut(&site.problem).into_iter().map(call).collect();
+            let made = self.workspace(&calls.iter().collect::<Vec<_>>()).and_then(|workspace| {
+                calls.iter().map(|call| Attention::new(&self.gpu, call, &workspace)).collect::<Result<Vec<_>, _>>()
+            });
+            match made {
+                Ok(launches) => own.push((site.node, Step::Attend(launches))),
+                Err(Error::Unsupported { .. }) => dense.push(Reason::Kernel),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(own)
+    }
+
+    /// A map over all bindings, of which rows may have those numbered in `choice`.
+    fn map(&self, masks: Option<&Masks>, choice: &[usize], written: &[RowNumbers]) -> Result<RowMap, Error> {
+        let all = &self.bindings.all;
+        let others = (0..all.len()).filter(|i| !choice.contains(i));
+        let watched: Vec<(&Watched, bool)> = choice
+            .iter()
+            .copied()
+            .chain(others)
+            .map(|i| {
+                let (layer, rows) = all[i].guard;
+                // Memory that is no longer the cache's must not be read.
+                (&all[i].watched, device_rows(&self.layers, layer, all[i].stream) == Some(rows))
+            })
+            .collect();
+        RowMap::new(&self.gpu, masks, &watched, choice.len(), written)
+    }
+
+    /// What each query row sees, copied from its mask. Waits for the device.
+    fn seen(&self, site: &Site, mask: &Array) -> Result<Vec<Seen>, Error> {
+        let p = &site.problem;
+        let share = (p.q.ne[3] / p.k.ne[3].max(1)).max(1);
+        let mut all = Vec::new();
+        let mut row = vec![f16::ZERO; p.k.ne[1]];
+        for stream in 0..p.q.ne[3] {
+            for query in 0..p.q.ne[1] {
+                let at = mask.data as u64 + (query * mask.nb[1] + stream % mask.ne[3].max(1) * mask.nb[3]) as u64;
+                // SAFETY: a row of the graph's mask, n_kv elements inside its extents (checked by `refusal`).
+                unsafe { self.lanes.stream.read(at, &mut row)? };
+                let shown = row.iter().enumerate().filter(|(_, m)| m.to_bits() & 0x7fff == 0);
+                let cells = shown.map(|(cell, _)| cell as u32).collect();
+                all.push(Seen { stream: site.first_stream + stream / share, cells });
+            }
+        }
+        Ok(all)
+    }
+
+    /// Binds what the rows of a graph see: what that is, and whether anything is new. Waits for the device.
+    fn search(
+        &mut self,
+        site: &Site,
+        mask: &Array,
+        survey: &Survey,
+        snapshot: &Snapshot,
+    ) -> Result<(Vec<Seen>, bool), Error> {
+        let rows = self.seen(site, mask)?;
+        let gpu = Gpu { device: &self.gpu, stream: &self.lanes.stream };
+        let least = |matcher: &Matcher| min_prefix(snapshot, matcher);
+        let found = self.bindings.search(snapshot, &self.layers, &rows, &survey.written, &gpu, &least)?;
+        if found {
+            // Plans made before do not know the new one.
+            self.graphs.clear();
+        }
+        Ok((rows, found))
+    }
+
+    /// Looks again for what the rows of a planned graph may see by now; true if something new is bound.
+    pub(super) fn search_again(
+        &mut self,
+        survey: &Survey,
+        stock: &Stock<'_>,
+        snapshot: &Snapshot,
+    ) -> Result<bool, Error> {
+        let first = survey.sites.iter().find(|site| refusal(site, snapshot).is_none());
+        let Some((first, mask)) = first.and_then(|site| Some((site, site.problem.mask?))) else { return Ok(false) };
+        if survey.opaque || !self.is_here(first, &mask, survey) {
+            return Ok(false);
+        }
+        self.lanes.follow(stock)?;
+        Ok(self.search(first, &mask, survey, snapshot)?.1)
+    }
+
+    /// Is all that is read for a node in this GPU's memory?
+    fn is_here(&self, site: &Site, mask: &Array, survey: &Survey) -> bool {
+        let on_device = |a: &Array| cuda::is_on(&self.gpu, a.data as u64);
+        let p = &site.problem;
+        survey.written.iter().all(|w| cuda::is_on(&self.gpu, w.address))
+            && [mask, &p.q, &p.k, &p.v, &p.dst].into_iter().all(on_device)
+    }
+
+    /// The plan of a graph whose rows may have a binding; `None` where there is none for them. `sites` loses those that are
+    /// dense for another reason.
+    fn sparse(
+        &mut self,
+        sites: &mut Vec<&Site>,
+        survey: &Survey,
+        n_node: usize,
+        stock: &Stock<'_>,
+        snapshot: &Snapshot,
+        dense: &mut Vec<Reason>,
+    ) -> Result<Option<Plan>, Error> {
+        let first = sites[0];
+        let (Some(mask), false) = (first.problem.mask, survey.opaque) else { return Ok(None) };
+        let p = &first.problem;
+        if !self.is_here(first, &mask, survey) {
+            return Ok(None);
+        }
+        self.lanes.follow(stock)?;
+        let seen = match self.bindings.wants_search() {
+            true => Some(self.search(first, &mask, survey, snapshot)?.0),
+            false => None,
+        };
+        let streams = first.first_stream..first.first_stream + p.k.ne[3];
+        let bindings = &self.bindings.all;
+        let usable = |i: &usize| streams.contains(&bindings[*i].stream) && bindings[*i].last_cell < p.k.ne[1];
+        let mut choice: Vec<usize> = (0..bindings.len()).filter(usable).collect();
+        // The longest index first: of those that a row sees it has that.
+        choice.sort_by_key(|i| bindings[*i].index_number);
+        let Some(&best) = choice.first() else { return Ok(None) };
+        // One call has one selection: rows of an index with another one stay dense.
+        let selection = |i: usize| snapshot.indexes[bindings[i].index_number].selection;
+        let own = selection(best);
+        choice.retain(|i| selection(*i) == own);
+        let index_of = |i: usize| &snapshot.indexes[bindings[i].index_number].matcher.index;
+        let has_layer = |site: &&Site| {
+            let layer = site.layer.unwrap_or(u32::MAX);
+            choice.iter().all(|i| index_of(*i).layer(layer).is_some())
+        };
+        dense.extend(sites.iter().filter(|s| !has_layer(s)).map(|_| Reason::Layer));
+        sites.retain(has_layer);
+        if sites.is_empty() {
+            return Ok(None);
+        }
+        let share = |i: &usize| {
+            let meta = index_of(*i).meta();
+            let n_sink = meta.n_sink as usize;
+            Share { n_sink, n_key: meta.n_prefix() - meta.n_window as usize }
+        };
+        let shares = choice.iter().map(share).collect();
+        self.watch(&choice, sites)?;
+
+        let map = self.map(Some(&masks(first, mask)), &choice, &survey.written)?;
+        if let Some(rows) = &seen {
+            let bindings = &self.bindings.all;
+            let sees =
+                |row: &&Seen| choice.iter().any(|i| bindings[*i].stream == row.stream && row.all(&bindings[*i].cells));
+            map.expect(rows.iter().filter(sees).count());
+        }
+        let nodes = sites.iter().map(|s| (s.problem.n_row(), s.problem.k.ne[2])).collect();
+        let tally = Tally::new(&self.gpu, nodes, shares)?;
+        let rows = map.rows();
+        let launches = self.launches(sites, &choice, own, rows)?;
+        let mut own_steps = Vec::new();
+        let mut left = Vec::new();
+        for (i, (site, launch)) in sites.iter().zip(launches).enumerate() {
+            match launch {
+                Ok(mut attention) => {
+                    attention.count_at(tally.address(i));
+                    own_steps.push((site.node, Step::Attend(vec![attention])));
+                }
+                Err(_) => left.push(i),
+            }
+        }
+        if !left.is_empty() {
+            // Counts have a place for each node: the kernels take all of them or, of another shape, none.
+            dense.extend(left.iter().map(|_| Reason::Kernel));
+            let taken: Vec<&Site> = (0..sites.len()).filter(|i| !left.contains(i)).map(|i| sites[i]).collect();
+            *sites = taken;
+            return match sites.is_empty() {
+                true => Ok(None),
+                false => self.sparse(sites, survey, n_node, stock, snapshot, dense),
+            };
+        }
+        let plan = self.plan_of(survey, own_steps, n_node);
+        Ok(Some(Plan { map: Some(map), tally: Some(tally), ..plan }))
+    }
+
+    /// Turns on the rotating check of the layers that are computed sparse.
+    fn watch(&mut self, choice: &[usize], sites: &[&Site]) -> Result<(), Error> {
+        for i in choice {
+            let bound = &mut self.bindings.all[*i].watched.bound;
+            for site in sites {
+                let Some(layer) = site.layer.filter(|layer| !bound.watches(*layer)) else { continue };
+                // From the first stream of the cache on, as the binding counts.
+                let whole = |a: &Array| Array { data: a.data.wrapping_sub(site.first_stream * a.nb[3]), ..*a };
+                let (k, v) = (whole(&site.problem.k), whole(&site.problem.v));
+                // SAFETY: a live cache, F16 rows; that they lie on 16 bytes is checked.
+                let aligned =
+                    [&k, &v].iter().all(|a| (a.data as usize | a.nb[1] | a.nb[2] | a.nb[3]).is_multiple_of(16));
+                if aligned && cuda::HEAD_DIMS.contains(&k.ne[0]) {
+                    unsafe { bound.watch(layer, &k, &v, self.lanes.stream.raw())? };
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A launch per node, or why the kernels do not take it.
+    #[allow(clippy::type_complexity)]
+    fn launches(
+        &mut self,
+        sites: &[&Site],
+        choice: &[usize],
+        selection: Selection,
+        rows: u64,
+    ) -> Result<Vec<Result<Attention, Error>>, Error> {
+        let all = std::mem::take(&mut self.bindings.all);
+        let bounds: Vec<&Bound> = choice.iter().map(|i| &all[*i].watched.bound).collect();
+        let call = |site: &&Site| Call {
+            problem: site.problem,
+            layer: site.layer.unwrap_or(u32::MAX),
+            selection,
+            rows,
+            bounds: &bounds,
+            first_stream: site.first_stream as u32,
+        };
+        let calls: Vec<Call<'_>> = sites.iter().map(call).collect();
+        let taken: Vec<&Call<'_>> = calls.iter().filter(|c| Workspace::bytes_for(&self.gpu, &[*c]).is_ok()).collect();
+        let made = self
+            .workspace(&taken)
+            .map(|workspace| calls.iter().map(|call| Attention::new(&self.gpu, call, &workspace)).collect());
+        self.bindings.all = all;
+        made
+    }
+}
+
+/// Bindings at most: a fifth takes the place of the first.
+pub(super) fn make_room<T>(all: &mut Vec<T>) {
+    if all.len() == BOUND_MAX {
+        all.remove(0);
+    }
+}
