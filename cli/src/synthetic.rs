@@ -49,7 +49,7 @@ pub fn open<'m>(
     let n = tokens.len();
     let least = (settings.n_sink + settings.n_window) as usize + 2;
     ensure!(n >= least, "a prefix of {n} tokens is too short for an index: give {least} or more (--depth)");
-    let config = Config { disable: true, min_prefix: 0, synthetic: true, ..Config::default() };
+    let config = Config { disable: true, min_prefix: Some(0), synthetic: true, ..Config::default() };
     let register = |config: Config| {
         backend::register(config).map_err(|e| anyhow::anyhow!("the plugin cannot be used with this llama.cpp: {e}"))
     };

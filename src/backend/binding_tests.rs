@@ -141,7 +141,23 @@ proptest! {
         prop_assert_eq!(rotation.v, if turned(v) { 64 } else { 0 });
         for cells in [(start..start + N_PREFIX as u32).collect(), scattered(&mut rng)] {
             let cache = Cache::new(&p, [k, v], &cells, &mut rng);
-            prop_assert_eq!(p.matcher.find(&cache.rows(), &all_cells(), &|_| true), Some(cells));
+            prop_assert_eq!(p.matcher.find(&cache.rows(), &all_cells(), &|_| true), Some(cells.clone()));
+            if k == Element::F16 && v == Element::F16 {
+                // A copy of the sketch's elements alone, as it is made of a cache on a GPU.
+                let (full, sketch) = (cache.rows(), p.matcher.index.sketch());
+                let part = |row: Row, dims: &[u32]| -> Vec<f16> {
+                    dims.iter().map(|d| f16::from_f32(row.get(*d as usize))).collect()
+                };
+                let copy = |dims: &[u32], row: &dyn Fn(usize) -> Vec<f16>| {
+                    let data: Vec<f16> = (0..N_CELL).flat_map(row).collect();
+                    let rows = Rows { data: data.as_ptr().cast(), stride: 2 * dims.len(), len: dims.len(), compact: true, ..full.k };
+                    (data, rows)
+                };
+                let (_k_data, k) = copy(sketch.k_dims, &|cell| part(full.k_row(cell), sketch.k_dims));
+                let (_v_data, v) = copy(sketch.v_dims, &|cell| part(full.v_row(cell), sketch.v_dims));
+                let compact = CacheRows { k, v, n_cell: N_CELL };
+                prop_assert_eq!(p.matcher.find(&compact, &all_cells(), &|_| true), Some(cells));
+            }
         }
     }
 

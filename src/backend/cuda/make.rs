@@ -53,7 +53,7 @@ fn rows_of(p: &Problem, stream: usize, first: usize, n: usize) -> Problem {
 }
 
 /// A call of any number of rows as calls of at most 16.
-fn cut(p: &Problem) -> Vec<Problem> {
+pub(super) fn cut(p: &Problem) -> Vec<Problem> {
     if p.n_row() <= MAX_ROWS {
         return vec![*p];
     }
@@ -63,7 +63,7 @@ fn cut(p: &Problem) -> Vec<Problem> {
 }
 
 /// Why a node is none of ours whatever is bound, if so.
-fn refusal(site: &Site, snapshot: &Snapshot) -> Option<Reason> {
+pub(super) fn refusal(site: &Site, snapshot: &Snapshot) -> Option<Reason> {
     let p = &site.problem;
     let Some(layer) = site.layer else { return Some(Reason::NoCache) };
     let indexed = |l: &Loaded| l.matcher.index.layer(layer).is_some();

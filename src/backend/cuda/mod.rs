@@ -271,3 +271,6 @@ impl Ready {
         self.graphs.len() - 1
     }
 }
+
+#[cfg(test)]
+mod tests;
