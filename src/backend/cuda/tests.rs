@@ -36,6 +36,8 @@ fn tensor(name: &str, kind: sys::ggml_type, size: usize, ne: [i64; 4], at: usize
 const N_KV: i64 = 256;
 
 /// An attention node over a cache of layer 0 with `n_query` rows, and a node of another op that writes to its K by `numbers`.
+// boxed: nodes keep their addresses
+#[allow(clippy::vec_box)]
 struct Graph {
     tensors: Vec<Box<sys::ggml_tensor>>,
 }
