@@ -73,7 +73,7 @@ fn whole_model(device: &Arc<Device>, n_layer: u32, heads: usize, n_prefix: usize
         out +=
             4 * (p.variance_scales.len() + p.radii.len() + p.offsets.len() + p.members.len() + p.coarse_offsets.len());
         let start = Instant::now();
-        let scores = pool.install(|| window_scores(&p.view(), &made.sinks, &capture.q));
+        let scores = pool.install(|| window_scores(&p.view(), &capture.k, settings.n_sink as usize, &capture.q));
         scoring += start.elapsed().as_secs_f64();
         assert_eq!(scores.n_clustered as usize, p.members.len() / heads);
     }
@@ -118,7 +118,7 @@ fn recall(device: &Arc<Device>, n_prefix: usize, dim: usize) -> String {
     let mut clusterer = Clusterer::new(device, &cells(&capture), &settings).expect("settings");
     let layer = DeviceLayer { layer: 0, n_group: 4, scale: capture.scale, k: k.1, v: v.1, q: &capture.q };
     // SAFETY: the cache lives, and its copies are done.
-    let gpu = unsafe { clusterer.index_layer(&layer, &|_| ()) }.expect("a well-formed cache");
+    let gpu = unsafe { clusterer.index_layer(&layer, &capture.k, &|_| ()) }.expect("a well-formed cache");
     let cpu = index_layer(&capture, &settings, &|_| ()).expect("a well-formed capture");
     let of =
         |budget: f32| [&cpu, &gpu].map(|b| 100.0 * sample::recall(&b.parts.view(), &b.scores, &capture, budget)[0]);

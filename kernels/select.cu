@@ -259,6 +259,7 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
     uint32_t mass[MASS ? E : 1], target = call.mode == MODE_BUDGET ? bound.target : bound.floor;
     if constexpr (MASS) {
         const float2 *partial = call.partial + column * (call.n_tile + SINK_TILES);
+        const Norms norms = norms_of(call, shared.partial);
         float sinks = 0;
         for (uint32_t g = 0; g < call.group; ++g) {
             const float2 norm = norms.of(g, call.group);

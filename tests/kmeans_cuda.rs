@@ -86,7 +86,7 @@ fn clusterer(device: &Arc<Device>, cache: &Cache, settings: &Settings) -> Cluste
 
 fn build(clusterer: &mut Clusterer, cache: &Cache, capture: &LayerCapture) -> Result<BuiltLayer, BuildError> {
     // SAFETY: the cache lives, and its copies are done.
-    unsafe { clusterer.index_layer(&cache.layer(capture), &|_| ()) }
+    unsafe { clusterer.index_layer(&cache.layer(capture), &capture.k, &|_| ()) }
 }
 
 fn settings(n_coarse: Option<u32>) -> Settings {
@@ -335,8 +335,11 @@ fn heads_in_batches_of_their_own_give_the_same() {
     (some.k.ne[2], some.v.ne[2]) = (3, 3);
     let q: Vec<f32> = capture.q.chunks_exact(140 * 64).flat_map(|q| &q[..6 * 64]).copied().collect();
     let some = DeviceLayer { q: &q, ..some };
+    let dim = some.k.ne[0];
+    let keys: Vec<f16> =
+        capture.k.chunks_exact(capture.k.len() / cache.cells.len()).flat_map(|k| &k[..3 * dim]).copied().collect();
     // SAFETY: part of a cache that lives.
-    let part = unsafe { clusterer(&device, &cache, &settings).index_layer(&some, &|_| ()) }.unwrap();
+    let part = unsafe { clusterer(&device, &cache, &settings).index_layer(&some, &keys, &|_| ()) }.unwrap();
     let n = part.parts.members.len();
     assert_eq!(part.parts.members, built.parts.members[..n]);
     assert_eq!(part.parts.centroids, built.parts.centroids[..part.parts.centroids.len()]);

@@ -196,8 +196,19 @@ pub(super) fn get(bytes: &[u8], n_kv: u64) -> Result<Header, IndexError> {
     let dense_layers = keys.dense_layers()?;
     let shapes = keys.shapes()?;
     let calibration = columns.rows(shapes.iter().map(|shape| shape.n_head_kv as usize).sum())?;
-    let meta =
-        IndexMeta { model, rope, n_layer, tokens, n_sink, n_window, build, calibration, mass_targets, dense_layers, synthetic };
+    let meta = IndexMeta {
+        model,
+        rope,
+        n_layer,
+        tokens,
+        n_sink,
+        n_window,
+        build,
+        calibration,
+        mass_targets,
+        dense_layers,
+        synthetic,
+    };
 
     let mut sketch = EMPTY_SKETCH;
     for (key, get) in SKETCH_KEYS {

@@ -112,23 +112,30 @@ impl Clusterer {
         })
     }
 
-    /// As [`super::index_layer`], with the scores of the window's queries computed on the CPU.
+    /// As [`super::index_layer`], with the scores of the window's queries computed on the CPU: from a host copy of the prefix's
+    /// keys, `[P][n_head_kv][head_dim_k]`.
     ///
     /// # Errors
-    /// Those of [`Clusterer::cluster`]; `Shape`, `NonFinite` and `Setting` for the queries.
+    /// Those of [`Clusterer::cluster`]; `Shape`, `NonFinite` and `Setting` for queries and keys.
     ///
     /// # Safety
     /// As for [`Clusterer::cluster`].
     pub unsafe fn index_layer(
         &mut self,
         layer: &DeviceLayer<'_>,
+        keys: &[f16],
         progress: &dyn Fn(f32),
     ) -> Result<BuiltLayer, BuildError> {
         let row = layer.k.ne[0] * layer.k.ne[2] * layer.n_group as usize;
+        let n_key = layer.k.ne[0] * layer.k.ne[2] * self.n_prefix;
+        if keys.len() != n_key {
+            let (what, expected) = ("the host's copy of the keys", format!("{n_key}"));
+            return Err(BuildError::Shape { layer: layer.layer, what, found: keys.len(), expected });
+        }
         super::check_queries(layer.layer, row, layer.scale, layer.q, &self.settings)?;
         // SAFETY: the same contract.
-        let Clustered { parts, sinks, products, .. } = unsafe { self.cluster(layer, progress) }?;
-        let scores = self.pool.install(|| window_scores(&parts.view(), &sinks, layer.q));
+        let Clustered { parts, products, .. } = unsafe { self.cluster(layer, progress) }?;
+        let scores = self.pool.install(|| window_scores(&parts.view(), keys, self.settings.n_sink as usize, layer.q));
         Ok(BuiltLayer { parts, scores, products })
     }
 
