@@ -25,7 +25,7 @@ struct Kmeans {
     const uint32_t *cells;      // [n_prefix] cell of each token
     half *unit;                 // [n_row][D] keys of unit length
     half *sinks;                // [n_sink][D] raw keys
-    uint32_t *broken;           // [2] first token with an infinity or a NaN in K, in V; of all heads of the layer
+    uint32_t *broken;           // [2] first token with an infinity or a NaN in K, in V, of any head
     uint32_t *label;            // [n_row]
     // [n_row] points; null: at even distances. Where a pass of the sort reads and writes them.
     uint32_t *order;

@@ -131,6 +131,8 @@ impl Workspace {
             match Buffer::new(device, "clustering", at.bytes) {
                 Ok(buffer) => {
                     let results = Pinned::new(device, at.bytes - at.sinks)?;
+                    // What lies between the areas is copied with them.
+                    buffer.write(at.sinks, results.bytes())?;
                     return Ok(Workspace { buffer, results, shape: *shape, n_head, at });
                 }
                 Err(Error::Memory { .. }) if n_head > 1 => n_head /= 2,
