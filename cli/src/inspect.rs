@@ -385,7 +385,7 @@ pub fn render(index: &Index) -> String {
 fn calibration(meta: &IndexMeta) -> String {
     let mut out = "\ncalibration by the window's queries (kept: share of the keys; mass: of the attention on them; behind the threshold of threshold mode)\n".to_string();
     let row = |row: &Calibration| {
-        let of = |of: fn(&HeadShares) -> f32| row.heads.iter().map(move |h| of(h));
+        let of = |of: fn(&HeadShares) -> f32| row.heads.iter().map(of);
         let mean = of(|h| h.budget_mass).sum::<f32>() / row.heads.len() as f32;
         let least = of(|h| h.budget_mass).fold(f32::INFINITY, f32::min);
         let (low, high) = (of(|h| h.kept).fold(f32::INFINITY, f32::min), of(|h| h.kept).fold(0.0, f32::max));

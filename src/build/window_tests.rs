@@ -36,9 +36,9 @@ fn defined(parts: &LayerParts, c: &LayerCapture, n_sink: usize, w: usize, h: usi
         let z_true = sinks + whole.iter().sum::<f64>();
         out.sink_share += sinks / z_wide / g as f64;
         out.sink_mass += sinks / z_true / g as f64;
-        for i in 0..n {
+        for (i, whole) in whole.iter().enumerate() {
             out.score[i] += wide(i).exp() / z_wide / g as f64;
-            out.mass[i] += whole[i] / z_true / g as f64;
+            out.mass[i] += whole / z_true / g as f64;
         }
     }
     out
