@@ -9,6 +9,7 @@ use ggml_squeeze::index::{self, BuildSettings, IndexMeta, IndexParts, ModelId, R
 
 use crate::capture::{Capture, DenseLayers};
 use crate::fingerprint;
+use crate::gpu::Clustering;
 use crate::llama::{Context, Model, ModelArgs};
 use crate::progress::Phase;
 use crate::tokens::{self, Chat};
@@ -188,15 +189,20 @@ pub fn make_of(args: &BuildArgs, text: &str) -> Result<Report> {
         sketch: SketchParts::default(),
         probes: Vec::new(),
     };
-    let capture = context.capture().context("the context was made with a capture")?;
+    let capture = &*context.capture().context("the context was made with a capture")?;
+    let mut clustering = Clustering::new(&settings);
     let mut make = |layer: &LayerCapture, parts: &mut IndexParts, phase: &Phase, i: usize| -> Result<Made> {
-        let made = build::index_layer(layer, &settings, &|part| phase.part(i, part))?;
+        let rows = capture.device_rows(layer.layer);
+        let made = clustering.layer(layer, rows, &|part| phase.part(i, part))?;
         if parts.layers.is_empty() {
             parts.sketch = build::sketch(layer)?;
         }
         Ok(Made::Layer(Box::new(made)))
     };
     let (seconds, capture_error) = cluster(capture, &settings, &mut parts, &mut make)?;
+    if clustering.on_gpu() > 0 {
+        eprintln!("{} of {} layers were clustered on the GPU", clustering.on_gpu(), parts.layers.len());
+    }
     drop(context);
     let bytes = index::write(&args.files.output, &parts)?;
     Ok(report(parts, bytes, [prefill, seconds], capture_error))

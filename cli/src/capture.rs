@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::{c_void, CStr};
 
 use anyhow::{bail, Result};
-use ggml_squeeze::attention::Element;
+use ggml_squeeze::attention::{Array, Element};
 use ggml_squeeze::backend::{is_quantised, Row};
 use ggml_squeeze::build::{cache_blocks, LayerCapture};
 use ggml_squeeze::hadamard::rotate;
@@ -302,6 +302,25 @@ impl Capture {
         } else {
             Err(format!("its captured K, Q and V do not give the op's output (relative error {error:.3})"))
         }
+    }
+
+    /// Where an indexable layer's F16 K and V are, prefix token t in cell t, if not in memory of the host.
+    pub fn device_rows(&self, number: u32) -> Option<[Array; 2]> {
+        let layer = self.layers.get(&number)?;
+        // SAFETY: the cache's tensors belong to the context, which owns this capture.
+        unsafe { Some([self.device_array(&layer.k)?, self.device_array(&layer.v)?]) }
+    }
+
+    /// # Safety
+    /// The cache is alive.
+    unsafe fn device_array(&self, r: &Rows) -> Option<Array> {
+        // SAFETY: by contract; an allocated tensor has a buffer.
+        let (root, is_host) = unsafe { (&*r.root, sys::ggml_backend_buffer_is_host((*r.root).buffer)) };
+        (!is_host && r.element == Element::F16).then(|| Array {
+            data: root.data.cast::<u8>().wrapping_add(r.offset),
+            ne: [r.head_dim, self.n_prefix, r.n_head, 1],
+            nb: [2, r.cell_bytes, r.head_bytes, self.n_prefix * r.cell_bytes],
+        })
     }
 
     /// `[P][n_head][head_dim]`, in the plain basis: `block` is that of the rows.

@@ -7,6 +7,7 @@ pub mod eval;
 pub mod extend_cmd;
 pub mod facts;
 pub mod fingerprint;
+pub mod gpu;
 pub mod info;
 pub mod inspect;
 pub mod llama;

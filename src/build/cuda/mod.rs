@@ -12,13 +12,12 @@ mod workspace;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cudarc::driver::{result, sys};
 use half::f16;
 use half::vec::HalfBitsVecExt;
 use rayon::prelude::*;
 
 use super::{topdown, window_scores, BuildError, BuiltLayer, Settings};
-use crate::attention::cuda::{Buffer, Device, Error, HEAD_DIMS};
+use crate::attention::cuda::{Buffer, Device, Error, Stream, HEAD_DIMS};
 use crate::attention::Array;
 use crate::index::{LayerParts, LayerShape};
 use kernels::Kernels;
@@ -67,17 +66,10 @@ pub struct Clusterer {
     workspace: Option<Workspace>,
 }
 
-struct Stream(sys::CUstream);
-
-// SAFETY: a handle of the driver, which any thread may use.
-unsafe impl Send for Stream {}
-
 impl Drop for Clusterer {
     fn drop(&mut self) {
-        if self.device.enter().is_ok() {
-            // SAFETY: ours. What is still under way is waited for: the workspace goes next.
-            let _ = unsafe { (result::stream::synchronize(self.stream.0), result::stream::destroy(self.stream.0)) };
-        }
+        // What is still under way is waited for: the workspace goes next.
+        let _ = self.device.enter().and_then(|()| self.stream.synchronize());
     }
 }
 
@@ -97,8 +89,7 @@ impl Clusterer {
         let pool = super::pool(settings)?;
         let n_cell = cells.iter().max().map_or(0, |c| *c as usize + 1);
         let buffer = Buffer::of(device, "cells", cells).map_err(failed)?;
-        let stream = result::stream::create(result::stream::StreamKind::NonBlocking);
-        let stream = Stream(stream.map_err(Error::driver("make a stream")).map_err(failed)?);
+        let stream = Stream::new(device).map_err(failed)?;
         Ok(Clusterer {
             device: device.clone(),
             kernels,
@@ -234,7 +225,7 @@ impl Clusterer {
             n_head: n_head as u32,
             ..workspace.parameters()
         };
-        let (device, stream, iterations) = (&*self.device, self.stream.0, self.settings.iterations);
+        let (device, stream, iterations) = (&*self.device, self.stream.raw(), self.settings.iterations);
         let run = Run { device, kernels: &self.kernels, keys, values, workspace, stream, iterations, base };
         self.device.enter().map_err(failed)?;
         for (what, token) in ["key", "value"].into_iter().zip(run.prepare().map_err(failed)?) {
