@@ -35,7 +35,7 @@ impl<'a> Clustering<'a> {
         &mut self,
         capture: &LayerCapture,
         rows: Option<[Array; 2]>,
-        progress: &dyn Fn(f32),
+        progress: &(dyn Fn(f32) + Sync),
     ) -> Result<BuiltLayer, BuildError> {
         if let (Some(rows), false) = (rows, self.on_cpu) {
             match self.layer_on_gpu(capture, rows, progress) {
@@ -62,17 +62,11 @@ impl<'a> Clustering<'a> {
         &mut self,
         capture: &LayerCapture,
         [k, v]: [Array; 2],
-        progress: &dyn Fn(f32),
+        progress: &(dyn Fn(f32) + Sync),
     ) -> Result<Option<BuiltLayer>, BuildError> {
         let Some(clusterer) = self.clusterer(&k, capture)? else { return Ok(None) };
-        let layer = DeviceLayer {
-            layer: capture.layer,
-            n_group: capture.n_group,
-            scale: capture.scale,
-            k,
-            v,
-            q: &capture.q,
-        };
+        let layer =
+            DeviceLayer { layer: capture.layer, n_group: capture.n_group, scale: capture.scale, k, v, q: &capture.q };
         // SAFETY: rows of the context's cache, which is alive and idle.
         unsafe { clusterer.index_layer(&layer, &capture.k, progress) }.map(Some)
     }
