@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# llama.cpp's own op test (test-backend-ops) for FLASH_ATTN_EXT on the plugin's device SQZ-CPU, against stock ggml: once with
+# llama.cpp's own op test (test-backend-ops) for FLASH_ATTN_EXT on a device of the plugin, against stock ggml: once with
 # every supported node forced through our kernels, once with nothing to accelerate (all calls must reach stock ggml unharmed).
 # Usage: conformance.sh [--all]     --all: every case (about 10 minutes a run) instead of those in `cases`
-# Needs scripts/llama.sh and target/release/libggml-squeeze.so. SQZ_LLAMA_BIN: folder of the llama.cpp programs.
+# Needs scripts/llama.sh and target/release/libggml-squeeze.so. SQZ_LLAMA_BIN: folder of the llama.cpp programs. SQZ_PLUGIN: the plugin.
+# SQZ_DEVICE: SQZ-CPU, or SQZ0 for the first GPU (its backend, libggml-cuda.so, in the folder of the programs).
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 target=${CARGO_TARGET_DIR:-$root/target}
 test=${SQZ_LLAMA_BIN:-$target/llama/bin}/test-backend-ops
-plugin=$target/release/libggml-squeeze.so
+plugin=${SQZ_PLUGIN:-$target/release/libggml-squeeze.so}
+device=${SQZ_DEVICE:-SQZ-CPU}
 forced_at_least=500
 fail() { echo "conformance.sh: $*" >&2; exit 1; }
 [[ -x $test ]] || fail "$test is missing; run scripts/llama.sh"
@@ -24,7 +26,7 @@ run() { # run NAME [VARIABLE=VALUE...]
     local name=$1 status=0
     shift
     env -u GGML_SQUEEZE_INDEX GGML_BACKEND_PATH="$plugin" GGML_SQUEEZE_DEVICES=1 "$@" \
-        "$test" test -b SQZ-CPU -o FLASH_ATTN_EXT "${filter[@]}" > "$tmp/$name.out" 2> "$tmp/$name.err" || status=$?
+        "$test" test -b "$device" -o FLASH_ATTN_EXT "${filter[@]}" > "$tmp/$name.out" 2> "$tmp/$name.err" || status=$?
     if [[ $status != 0 ]]; then
         grep -a 'FAIL' "$tmp/$name.out" | head -n 20 >&2 || true
         tail -n 5 "$tmp/$name.err" >&2
@@ -32,7 +34,7 @@ run() { # run NAME [VARIABLE=VALUE...]
     fi
     # A device that is not there, or a filter that matches nothing, also ends with 0.
     passed=$(sed -nE 's/.* ([0-9]+)\/\1 tests passed.*/\1/p' "$tmp/$name.out")
-    [[ ${passed:-0} -ge $forced_at_least ]] || fail "$name: ${passed:-0} cases ran on SQZ-CPU, expected at least $forced_at_least"
+    [[ ${passed:-0} -ge $forced_at_least ]] || fail "$name: ${passed:-0} cases ran on $device, expected at least $forced_at_least"
 }
 
 run forced GGML_SQUEEZE_FORCE=1 GGML_SQUEEZE_LOG=1

@@ -211,11 +211,14 @@ fn cause() -> String {
     }
 }
 
-/// Sends llama.cpp's log to stderr (`verbose`) or nowhere, and loads the CPU backends built beside it. Once, first.
+/// Sends llama.cpp's log to stderr (`verbose`) or nowhere, and loads ggml's backends: those of the folder SQZ_BACKENDS, or those
+/// built beside it. Once, first.
 pub fn start(verbose: bool) -> Result<()> {
     VERBOSE.store(verbose, Ordering::Relaxed);
+    let given = std::env::var("SQZ_BACKENDS").ok().filter(|folder| !folder.is_empty());
+    let built = || sys::BACKENDS_DIR.map(str::to_string);
     let folder =
-        sys::BACKENDS_DIR.context("llama-cpp-sys-2 was built without dynamic backends: build with its feature")?;
+        given.or_else(built).context("llama-cpp-sys-2 was built without dynamic backends: build with its feature")?;
     let folder = CString::new(folder)?;
     // This program has the plugin linked in; a second copy of it must not patch the same device.
     if std::env::var("GGML_BACKEND_PATH").is_ok_and(|p| p.contains("squeeze")) {
@@ -228,7 +231,7 @@ pub fn start(verbose: bool) -> Result<()> {
         sys::llama_backend_init();
         ensure!(
             sys::ggml_backend_dev_count() > 0,
-            "no ggml backend could be loaded from {}: build sqz again (cargo build --release -p sqz)",
+            "no ggml backend could be loaded from {}: build sqz again (cargo build --release --workspace)",
             folder.to_string_lossy()
         );
     }

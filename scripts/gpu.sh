@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Runs on a machine with a GPU, from an unpacked archive of scripts/pack.sh: checks, then speed, with a short table each.
+# Usage: gpu.sh BIN STEP...    steps: tests, sanitize, conformance, shape=NAME@DEPTH (sqz random-model's shapes), model=FILE:TEXT:QUESTIONS
+# Logs go to $OUT (default .).
+set -uo pipefail
+[[ $# -ge 2 ]] || { sed -n '2,4s/^# //p' "$0" >&2; exit 2; }
+root=$(cd "$(dirname "$0")/.." && pwd)
+bin=$(cd "$1" && pwd)
+out=$(cd "${OUT:-.}" && pwd)
+shift
+export LD_LIBRARY_PATH=$bin SQZ_BACKENDS=$bin
+work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
+failed=0
+
+step() { # step NAME COMMAND...: output to a log, its end to the terminal
+    local name=$1 start=$SECONDS
+    shift
+    if "$@" > "$out/$name.log" 2>&1; then echo "== $name: ok, $((SECONDS - start)) s"; else
+        echo "== $name: FAILED, $((SECONDS - start)) s"
+        failed=1
+    fi
+    grep -aE 'test result|FAILED|panicked|ERROR SUMMARY|^\||cases passed|error:|squeeze: ' "$out/$name.log" | tail -n 24
+}
+
+tests() { PROPTEST_CASES=${PROPTEST_CASES:-64} "$bin/test-cuda" --test-threads 12 && "$bin/test-kmeans_cuda" --test-threads 4; }
+sanitize() {
+    local tool
+    for tool in memcheck initcheck; do
+        PROPTEST_CASES=3 compute-sanitizer --tool "$tool" "$bin/test-cuda" --test-threads 4
+    done
+}
+shape() { # shape NAME DEPTH
+    [[ -f $work/$1.gguf ]] || "$bin/sqz" random-model --shape "$1" -o "$work/$1.gguf"
+    "$bin/sqz" bench -m "$work/$1.gguf" --synthetic-index -d "$2" -p 0 -n 64 -r 3 --budgets 0.1,0.2 --spread radius
+}
+model() { # model FILE TEXT QUESTIONS
+    "$bin/sqz" build -m "$1" -f "$2" -o "$work/m.sqz.gguf" --state-file "$work/m.state" &&
+        "$bin/sqz" eval -m "$1" --index "$work/m.sqz.gguf" --state-file "$work/m.state" --questions "$3" --budgets 0.1,0.2,1 --stepwise &&
+        "$bin/sqz" bench -m "$1" --index "$work/m.sqz.gguf" --state-file "$work/m.state" -p 0 -n 128
+}
+
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+for what in "$@"; do
+    case $what in
+        tests) step tests tests ;;
+        sanitize) step sanitize sanitize ;;
+        conformance)
+            step conformance env SQZ_LLAMA_BIN="$bin" SQZ_PLUGIN="$bin/libggml-squeeze.so" SQZ_DEVICE=SQZ0 "$root/scripts/conformance.sh"
+            ;;
+        shape=*@*)
+            IFS=@ read -r name depth <<< "${what#shape=}"
+            step "$name-$depth" shape "$name" "$depth"
+            ;;
+        model=*:*:*)
+            IFS=: read -r file text questions <<< "${what#model=}"
+            step model model "$file" "$text" "$questions"
+            ;;
+        *) echo "gpu.sh: no step $what" >&2; failed=1 ;;
+    esac
+done
+exit $failed
