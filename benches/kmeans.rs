@@ -1,5 +1,6 @@
 //! Clustering of one layer in one level and top down: multiply-adds of the assignments, seconds and memory of `index_layer` (the
-//! peak above what the capture takes; Linux) and recall, on made-up keys: `cargo bench --bench kmeans -- [PREFIXxHEAD_DIM ...] [--heads N] [--threads N]`.
+//! peak above what the capture takes; Linux) and recall, on made-up keys:
+//! `cargo bench --bench kmeans -- [PREFIXxHEAD_DIM ...] [--heads N] [--threads N]`.
 
 use std::time::Instant;
 
