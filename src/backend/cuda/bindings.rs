@@ -99,11 +99,17 @@ impl Bindings {
         self.all.len() != before
     }
 
-    /// Drops all, because of a graph that rewrites the cache in a way that cannot be followed.
-    pub fn drop_all(&mut self, snapshot: &Snapshot) -> bool {
+    /// Drops all, for this reason; true if there was any.
+    pub fn drop_all(&mut self, snapshot: &Snapshot, why: &str) -> bool {
         let all = std::mem::take(&mut self.all);
-        all.iter().for_each(|b| ended(b, snapshot, "the cache is rewritten as a whole"));
+        all.iter().for_each(|b| ended(b, snapshot, why));
         !all.is_empty()
+    }
+
+    /// Drops all after a failure, and looks for none for a while.
+    pub fn give_up(&mut self, snapshot: &Snapshot) {
+        self.drop_all(snapshot, "the GPU cannot do it now");
+        self.pause = LONGEST_PAUSE;
     }
 
     /// Shall a new graph look for bindings? Seldom, while nothing is found.

@@ -62,6 +62,7 @@ struct Ready {
     workspace: Option<Arc<Workspace>>,
     /// Rows of a call without bindings: all dense.
     dense_rows: Buffer,
+    said: Option<Error>,
 }
 
 impl Known {
@@ -162,8 +163,17 @@ impl Ready {
             graphs: Vec::new(),
             workspace: None,
             dense_rows: Buffer::of(&gpu, "the rows of a graph", &[-1i32; MAX_ROWS])?,
+            said: None,
             gpu,
         })
+    }
+
+    /// Says what cannot be done, not again and again.
+    fn say(&mut self, error: &Error) {
+        if self.said.as_ref() != Some(error) {
+            log(format_args!("{error}; attention on {} stays llama.cpp's for now", self.gpu.name()));
+            self.said = Some(error.clone());
+        }
     }
 
     fn forget(&mut self) {
@@ -193,9 +203,10 @@ impl Ready {
             Ok(Some(known)) => known,
             Ok(None) => return stock.compute(graph),
             Err(error) => {
-                // Nothing of the graph has been computed yet.
+                // Nothing of the graph has been computed yet. Memory that is short now is not asked for with every token.
                 self.graphs.clear();
-                log(format_args!("{error}; this graph is computed densely"));
+                self.bindings.give_up(snapshot);
+                self.say(&error);
                 return stock.compute(graph);
             }
         };
@@ -241,7 +252,7 @@ impl Ready {
                 return Ok(Some(self.book(at)));
             }
         }
-        if survey.opaque && self.bindings.drop_all(snapshot) {
+        if survey.opaque && self.bindings.drop_all(snapshot, "the cache is rewritten as a whole") {
             self.graphs.clear();
         }
         let attends = !(survey.sites.is_empty() && survey.dense.is_empty());
