@@ -2,6 +2,7 @@
 
 use plotters::chart::MeshStyle;
 use plotters::coord::ranged1d::ValueFormatter;
+use plotters::coord::types::RangedCoordf64;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -174,9 +175,17 @@ fn recall<DB: DrawingBackend>(area: &Area<DB>, picture: &Picture) -> Drawn<DB> {
         chart.draw_series(LineSeries::new(line, colour.stroke_width(3)))?.label(name).legend(legend);
         chart.draw_series(dots.into_iter().map(|p| Circle::new(p, 4, colour.filled())))?;
     }
+    legend(&mut chart, SeriesLabelPosition::LowerRight)
+}
+
+/// The names of a chart's series.
+fn legend<'a, DB: DrawingBackend + 'a>(
+    chart: &mut ChartContext<'a, DB, Cartesian2d<RangedCoordf64, RangedCoordf64>>,
+    at: SeriesLabelPosition,
+) -> Drawn<DB> {
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::LowerRight)
+        .position(at)
         .margin(18)
         .legend_area_size(36)
         .background_style(WHITE.mix(0.9))
@@ -221,15 +230,7 @@ fn sizes<DB: DrawingBackend>(area: &Area<DB>, sizes: &[u32]) -> Drawn<DB> {
         let legend = move |(x, y)| Rectangle::new([(x, y - 6), (x + 26, y + 6)], colour.filled());
         chart.draw_series(bars)?.label(name).legend(legend);
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
-        .margin(18)
-        .legend_area_size(36)
-        .background_style(WHITE.mix(0.9))
-        .border_style(GRID)
-        .label_font(text(18))
-        .draw()
+    legend(&mut chart, SeriesLabelPosition::UpperRight)
 }
 
 /// The threshold of each nominal share.
