@@ -3,6 +3,7 @@
 mod attend_case;
 #[path = "cuda/coarse.rs"]
 mod coarse;
+mod gpu;
 #[path = "cuda/graph.rs"]
 mod graph;
 #[path = "cuda/rows.rs"]
@@ -10,7 +11,7 @@ mod rows;
 #[path = "cuda/watch.rs"]
 mod watch;
 
-use std::sync::{Arc, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use attend_case::{Case, Random, Spec, LAYER};
 use cudarc::driver::{result, sys};
@@ -39,25 +40,13 @@ static USERS: RwLock<()> = RwLock::new(());
 /// A test that gets none has said why and is skipped.
 fn gpu() -> Option<Gpu> {
     let shared = USERS.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-    device().map(|device| Gpu { device, _shared: Some(shared), _alone: None })
+    gpu::device().map(|device| Gpu { device, _shared: Some(shared), _alone: None })
 }
 
 /// The same for a test that captures.
 fn gpu_alone() -> Option<Gpu> {
     let alone = USERS.write().unwrap_or_else(|poisoned| poisoned.into_inner());
-    device().map(|device| Gpu { device, _shared: None, _alone: Some(alone) })
-}
-
-fn device() -> Option<Arc<Device>> {
-    static GPU: OnceLock<Option<Arc<Device>>> = OnceLock::new();
-    GPU.get_or_init(|| {
-        if !cfg!(feature = "gpu-tests") {
-            eprintln!("skipped: built without --features gpu-tests");
-            return None;
-        }
-        Device::new(0).map_err(|error| eprintln!("skipped: {error}")).ok()
-    })
-    .clone()
+    gpu::device().map(|device| Gpu { device, _shared: None, _alone: Some(alone) })
 }
 
 /// A case's arrays on the GPU.

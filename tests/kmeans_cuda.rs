@@ -1,6 +1,8 @@
 //! Clustering on an NVIDIA GPU against the definitions in f64 and against the CPU. Needs `--features gpu-tests` and a GPU.
 
-use std::sync::{Arc, OnceLock};
+mod gpu;
+
+use std::sync::Arc;
 
 use ggml_squeeze::attention::cuda::{Buffer, Device};
 use ggml_squeeze::attention::Array;
@@ -11,19 +13,6 @@ use ggml_squeeze::random::split_mix;
 use half::f16;
 use proptest::prelude::*;
 use rayon::prelude::*;
-
-/// A test that gets none has said why and is skipped.
-fn gpu() -> Option<Arc<Device>> {
-    static GPU: OnceLock<Option<Arc<Device>>> = OnceLock::new();
-    GPU.get_or_init(|| {
-        if !cfg!(feature = "gpu-tests") {
-            eprintln!("skipped: built without --features gpu-tests");
-            return None;
-        }
-        Device::new(0).map_err(|error| eprintln!("skipped: {error}")).ok()
-    })
-    .clone()
-}
 
 /// How a cache holds the rows of a capture.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -261,7 +250,7 @@ proptest! {
         kinds in 1usize..400, noise in prop_oneof![Just(0.0f32), Just(0.3), Just(2.0)], coarse in 0.0f64..1.0, deep: bool,
         scattered: bool, iterations in 1u32..5, seed: u64,
     ) {
-        let Some(device) = gpu() else { return Ok(()) };
+        let Some(device) = gpu::device() else { return Ok(()) };
         let capture = capture(n + n_sink as usize + 20, heads, 64 << wide_k as u32, 64 << wide_v as u32, kinds, noise, 1.0);
         let n_cluster = ((share as f64 * n as f64).round() as usize).clamp(1, n);
         // Up to 16 coarse clusters, where every key meets every fine cluster in the end, or any number.
@@ -274,7 +263,7 @@ proptest! {
 
 #[test]
 fn long_layers_are_right() {
-    let Some(device) = gpu() else { return };
+    let Some(device) = gpu::device() else { return };
     for (n_prefix, heads, dim, n_coarse, layout) in [
         (20_000, 2, 64, None, Layout::Scattered),
         (10_000, 1, 128, Some(0), Layout::Plain),
@@ -289,7 +278,7 @@ fn long_layers_are_right() {
 
 #[test]
 fn degenerate_keys_are_clustered() {
-    let Some(device) = gpu() else { return };
+    let Some(device) = gpu::device() else { return };
     for n_coarse in [0, 5, 40] {
         for (n_prefix, share, kinds, noise, scale) in [
             (3000, 0.05, 1, 0.0, 1.0),   // all equal
@@ -322,7 +311,7 @@ fn degenerate_keys_are_clustered() {
 
 #[test]
 fn heads_in_batches_of_their_own_give_the_same() {
-    let Some(device) = gpu() else { return };
+    let Some(device) = gpu::device() else { return };
     // 70 heads of 20000 keys are more than a batch.
     let capture = capture(20_036, 70, 64, 64, 500, 0.5, 1.0);
     let cache = Cache::new(&device, &capture, Layout::Plain);
@@ -348,7 +337,7 @@ fn heads_in_batches_of_their_own_give_the_same() {
 /// As good as the CPU's clusters, on keys with the structure of real ones.
 #[test]
 fn recall_is_that_of_the_cpu() {
-    let Some(device) = gpu() else { return };
+    let Some(device) = gpu::device() else { return };
     for (n_prefix, heads, dim) in [(10_000, 2, 64), (24_000, 3, 64), (24_000, 1, 128)] {
         let capture = sample::prefix(n_prefix, 60, heads, 4, dim, 11);
         let settings = Settings { n_window: 60, ..settings(None) };
@@ -367,7 +356,7 @@ fn recall_is_that_of_the_cpu() {
 
 #[test]
 fn what_cannot_be_clustered_is_refused() {
-    let Some(device) = gpu() else { return };
+    let Some(device) = gpu::device() else { return };
     let good = capture(400, 2, 64, 64, 20, 0.5, 1.0);
     let try_with = |change: &dyn Fn(&mut LayerCapture)| {
         let mut bad = good.clone();
@@ -400,7 +389,7 @@ fn what_cannot_be_clustered_is_refused() {
 
 #[test]
 fn short_memory_is_an_error_with_a_remedy() {
-    let Some(device) = gpu() else { return };
+    let Some(device) = gpu::device() else { return };
     let good = capture(400, 1, 64, 64, 20, 0.5, 1.0);
     let cache = Cache::new(&device, &good, Layout::Plain);
     // A prefix whose keys fill any GPU's memory, all of them in one cell.

@@ -80,7 +80,7 @@ impl<'a> Clustering<'a> {
         // Without kernels or a driver there is nothing to say: the CPU does it.
         let Ok(n) = Device::count() else { return Ok(None) };
         for ordinal in 0..n {
-            let Ok(device) = Device::new(ordinal) else { continue };
+            let Ok(device) = Device::shared(ordinal) else { continue };
             if is_on(&device, at) {
                 let n_prefix = capture.k.len() / (capture.n_head_kv * capture.head_dim_k).max(1) as usize;
                 let cells: Vec<u32> = (0..n_prefix as u32).collect();

@@ -1,7 +1,7 @@
 //! The driver, opened at run time, and per GPU the primary context with the kernels loaded into it.
 
 use std::ffi::{c_int, c_uint, c_void, CString};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, Weak};
 
 use cudarc::driver::{result, sys, DriverError};
 
@@ -107,6 +107,22 @@ impl Device {
     pub fn name_of(ordinal: usize) -> Result<String, Error> {
         let cu = result::device::get(ordinal as c_int).map_err(Error::driver("find the device"))?;
         result::device::get_name(cu).map_err(Error::driver("tell the device's name"))
+    }
+
+    /// The GPU with the kernels loaded, once for all that use it at a time.
+    ///
+    /// # Errors
+    /// As for `new`.
+    pub fn shared(ordinal: usize) -> Result<Arc<Device>, Error> {
+        static DEVICES: Mutex<Vec<Weak<Device>>> = Mutex::new(Vec::new());
+        let mut devices = DEVICES.lock().unwrap_or_else(|e| e.into_inner());
+        devices.retain(|d| d.strong_count() > 0);
+        if let Some(found) = devices.iter().filter_map(Weak::upgrade).find(|d| d.ordinal == ordinal) {
+            return Ok(found);
+        }
+        let made = Device::new(ordinal)?;
+        devices.push(Arc::downgrade(&made));
+        Ok(made)
     }
 
     /// Loads the kernels into the primary context of a GPU and makes that current in this thread.

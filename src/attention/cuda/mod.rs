@@ -78,6 +78,13 @@ pub fn missing() -> Option<&'static str> {
     (!device::MISSING.is_empty()).then_some(device::MISSING)
 }
 
+/// The value of `NAME = value` in a kernel's source.
+#[cfg(test)]
+pub(crate) fn constant<'a>(text: &'a str, name: &str) -> &'a str {
+    let at = text.find(&format!("{name} = ")).expect(name) + name.len() + 3;
+    text[at..].split([';', ',']).next().unwrap_or_default().trim()
+}
+
 #[cfg(test)]
 mod tests {
     #[test]

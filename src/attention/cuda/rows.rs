@@ -349,10 +349,7 @@ mod tests {
     #[test]
     fn parameters_are_those_of_the_header() {
         let header = include_str!("../../../kernels/rows.cuh");
-        let of = |name: &str| -> usize {
-            let at = header.find(&format!("{name} = ")).expect(name) + name.len() + 3;
-            header[at..].split(';').next().unwrap().trim().parse().expect(name)
-        };
+        let of = |name: &str| -> usize { super::super::constant(header, name).parse().expect(name) };
         for (name, own) in [
             ("ROWS_THREADS", THREADS),
             ("ROWS_PART", PART),

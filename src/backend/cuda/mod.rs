@@ -10,8 +10,7 @@ mod plan;
 mod stock;
 mod survey;
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::Arc;
 
 use ggml_sys as sys;
 
@@ -73,18 +72,6 @@ impl Known {
             _ => self.dense.contains(&Reason::Unbound),
         }
     }
-}
-
-/// One copy of the kernels per GPU and process.
-fn device(ordinal: usize) -> Result<Arc<Device>, Error> {
-    static DEVICES: OnceLock<Mutex<HashMap<usize, Weak<Device>>>> = OnceLock::new();
-    let mut devices = DEVICES.get_or_init(Mutex::default).lock().unwrap_or_else(|e| e.into_inner());
-    if let Some(found) = devices.get(&ordinal).and_then(Weak::upgrade) {
-        return Ok(found);
-    }
-    let made = Device::new(ordinal)?;
-    devices.insert(ordinal, Arc::downgrade(&made));
-    Ok(made)
 }
 
 impl Instance {
@@ -153,7 +140,7 @@ impl Drop for Instance {
 
 impl Ready {
     fn new(ordinal: usize, snapshot: &Arc<Snapshot>) -> Result<Ready, Error> {
-        let gpu = device(ordinal)?;
+        let gpu = Device::shared(ordinal)?;
         gpu.enter()?;
         Ok(Ready {
             lanes: Lanes::new(&gpu)?,

@@ -71,15 +71,12 @@ pub(super) struct Kmeans {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attention::cuda::constant;
     use crate::build::{summary, topdown};
 
     /// The sources' numbers, read from their text: a constant changed on one side alone fails here.
     #[test]
     fn constants_are_those_of_the_kernels() {
-        let of = |text: &str, name: &str| -> String {
-            let at = text.find(&format!("{name} = ")).expect(name) + name.len() + 3;
-            text[at..].split([';', ',']).next().unwrap().trim().to_string()
-        };
         macro_rules! source {
             ($name:literal) => {
                 include_str!(concat!("../../../kernels/", $name))
@@ -101,8 +98,8 @@ mod tests {
             (source!("kmeans_centre.cu"), "NEAR_THREADS", NEAR_THREADS),
             (source!("kmeans_summary.cu"), "THREADS", THREADS),
         ] {
-            assert_eq!(of(text, name).parse(), Ok(own), "{name}");
+            assert_eq!(constant(text, name).parse(), Ok(own), "{name}");
         }
-        assert_eq!(of(source!("kmeans_summary.cu"), "NO_VARIANCE").parse(), Ok(summary::NO_VARIANCE));
+        assert_eq!(constant(source!("kmeans_summary.cu"), "NO_VARIANCE").parse(), Ok(summary::NO_VARIANCE));
     }
 }
