@@ -2,6 +2,7 @@
 //! so it takes no thread and no signal of the host's; an idle host leaves the file as its last graph did.
 
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -97,11 +98,17 @@ impl Writer {
         if self.failed {
             return;
         }
-        // a reader sees the old line or the new one
+        // a reader sees the old line or the new one; a device or a pipe stays what it is
         let mut part = path.as_os_str().to_owned();
         part.push(".part");
         let line = render(totals, self.speed.per_second());
-        if let Err(error) = std::fs::write(&part, line).and_then(|()| std::fs::rename(&part, path)) {
+        let written = match crate::index::is_special(path) {
+            true => {
+                std::fs::OpenOptions::new().write(true).open(path).and_then(|mut file| file.write_all(line.as_bytes()))
+            }
+            false => std::fs::write(&part, line).and_then(|()| std::fs::rename(&part, path)),
+        };
+        if let Err(error) = written {
             self.failed = true;
             log(format_args!("the status file {} cannot be written ({error}); it is left alone", path.display()));
         }
@@ -184,5 +191,18 @@ mod tests {
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
         writer.write(&folder.path().join("none/status"), &totals(3, 3), Instant::now());
         assert!(writer.failed);
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn what_is_no_file_keeps_its_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let _socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let mut writer = Writer::default();
+        writer.write(&path, &totals(1, 1), Instant::now());
+        assert!(writer.failed, "a socket cannot be opened");
+        assert!(crate::index::is_special(&path));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 }

@@ -19,4 +19,5 @@ mod tests;
 pub use error::IndexError;
 pub use read::Index;
 pub use types::*;
+pub(crate) use write::is_special;
 pub use write::{to_bytes, write};

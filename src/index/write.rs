@@ -163,7 +163,7 @@ fn check_data(parts: &IndexParts, header: &Header) -> Result<(), IndexError> {
 ///
 /// # Errors
 /// `Invalid` as [`to_bytes`]; `Io` where the folder or the name cannot be written. The temporary file is then gone, and a file
-/// that had the name before is untouched.
+/// that had the name before is untouched. A device or a pipe of that name is written to as it is.
 pub fn write(path: &Path, parts: &IndexParts) -> Result<u64, IndexError> {
     let bytes = to_bytes(parts)?;
     replace(path, &bytes).map_err(|source| IndexError::Io { path: path.to_path_buf(), source })?;
@@ -186,9 +186,16 @@ impl Drop for Temporary {
 
 fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     match path.file_name().filter(|_| !path.is_dir()) {
+        // A device or a pipe (/dev/null, /dev/stdout) is written to: renaming would put a file in its place.
+        Some(_) if is_special(path) => OpenOptions::new().write(true).open(path)?.write_all(bytes),
         Some(name) => store(path, name, bytes),
         None => Err(io::Error::new(io::ErrorKind::InvalidInput, "this is a folder, not a file name")),
     }
+}
+
+/// Whether something that is neither a file nor a folder has the name.
+pub(crate) fn is_special(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir())
 }
 
 /// Without the early look at `path`; `name` is its last part.

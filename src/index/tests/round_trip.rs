@@ -156,6 +156,22 @@ fn unwritable_output_is_an_error_and_leaves_nothing() {
 }
 
 #[test]
+#[cfg(unix)]
+fn a_device_is_written_to_and_a_socket_is_not_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    // A link, so that a failure costs the machine nothing.
+    let null = folder.path().join("null");
+    std::os::unix::fs::symlink("/dev/null", &null).unwrap();
+    assert!(write(&null, &small()).unwrap() > 0);
+    assert!(null.is_symlink() && crate::index::is_special(&null));
+    let path = folder.path().join("socket");
+    let _socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    io_error(write(&path, &small()), &path);
+    assert!(crate::index::is_special(&path));
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+}
+
+#[test]
 fn a_failed_rename_removes_the_temporary_file() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.sqz.gguf");
