@@ -16,7 +16,7 @@ use ggml_squeeze::config::SPREAD_ALPHA;
 use ggml_squeeze::index::sample::sample_parts;
 use ggml_squeeze::index::{to_bytes, Index};
 use sqz::build_cmd::read_text;
-use sqz::capture::Capture;
+use ggml_squeeze::backend::Capture;
 use sqz::llama::{start, Context, Model, ModelArgs};
 
 /// Last tokens, of which some are the queries.

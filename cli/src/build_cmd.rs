@@ -2,13 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{bail, ensure, Context as _, Result};
-use ggml_squeeze::build::{self, BuiltLayer, LayerCapture, Settings, SketchMargin};
+use anyhow::{ensure, Context as _, Result};
+use ggml_squeeze::backend::{Capture, DenseLayers};
+use ggml_squeeze::build::{self, Assembly, BuiltLayer, LayerCapture, Settings};
 use ggml_squeeze::config::DEFAULT_MIN_PREFIX;
-use ggml_squeeze::index::{self, BuildSettings, IndexMeta, IndexParts, ModelId, Rope, SketchParts};
+use ggml_squeeze::index::{self, BuildSettings, IndexMeta, IndexParts, ModelFile, Rope, SketchParts, SKETCH_TOLERANCE};
 
-use crate::capture::{Capture, DenseLayers};
-use crate::fingerprint;
 use crate::gpu::Clustering;
 use crate::llama::{Context, Model, ModelArgs};
 use crate::progress::Phase;
@@ -183,27 +182,21 @@ pub fn make_of(args: &BuildArgs, text: &str) -> Result<Report> {
     let prefill = prefill(&mut context, &tokens)?;
     args.files.save_states(&mut context, &tokens)?;
 
-    let mut parts = IndexParts {
-        meta: meta(&model, &args.model, args.chat, &settings, tokens)?,
-        layers: Vec::new(),
-        sketch: SketchParts::default(),
-        probes: Vec::new(),
-    };
+    let mut index = Assembly::new(meta(&model, &args.model, args.chat, &settings, tokens)?, &settings);
     let capture = &*context.capture().context("the context was made with a capture")?;
     let mut clustering = Clustering::new(&settings);
-    let mut make = |layer: &LayerCapture, parts: &mut IndexParts, phase: &Phase, i: usize| -> Result<Made> {
+    let mut make = |layer: &LayerCapture, first: bool, phase: &Phase, i: usize| -> Result<Made> {
         let rows = capture.device_rows(layer.layer);
         let made = clustering.layer(layer, rows, &|part| phase.part(i, part))?;
-        if parts.layers.is_empty() {
-            parts.sketch = build::sketch(layer)?;
-        }
-        Ok(Made::Layer(Box::new(made)))
+        Ok(Made::Layer(Box::new(made), if first { Some(build::sketch(layer)?) } else { None }))
     };
-    let (seconds, capture_error) = cluster(capture, &settings, &mut parts, &mut make)?;
-    if clustering.on_gpu() > 0 {
-        eprintln!("{} of {} layers were clustered on the GPU", clustering.on_gpu(), parts.layers.len());
-    }
+    let (seconds, capture_error) = cluster(capture, &mut index, &mut make)?;
+    let on_gpu = clustering.on_gpu();
     drop(context);
+    let parts = index.finish()?;
+    if on_gpu > 0 {
+        eprintln!("{on_gpu} of {} layers were clustered on the GPU", parts.layers.len());
+    }
     let bytes = index::write(&args.files.output, &parts)?;
     Ok(report(parts, bytes, [prefill, seconds], capture_error))
 }
@@ -252,14 +245,14 @@ pub(crate) fn prefill(context: &mut Context, tokens: &[i32]) -> Result<f64> {
 
 /// What became of a layer that could be captured.
 pub(crate) enum Made {
-    Layer(Box<BuiltLayer>),
+    /// Its clusters, and the sketch where it is the first.
+    Layer(Box<BuiltLayer>, Option<SketchParts>),
     /// It stays dense, for this reason.
     Dense(String),
 }
 
-/// Makes the index's part of a layer (its number among the layers is the last argument), and the sketch where it is of that
-/// layer.
-pub(crate) type Make<'a> = dyn FnMut(&LayerCapture, &mut IndexParts, &Phase, usize) -> Result<Made> + 'a;
+/// Makes the index's part of a layer: whether it is the first that is indexed, and its number among the layers.
+pub(crate) type Make<'a> = dyn FnMut(&LayerCapture, bool, &Phase, usize) -> Result<Made> + 'a;
 
 pub(crate) fn report(parts: IndexParts, bytes: u64, seconds: [f64; 2], capture_error: f32) -> Report {
     Report {
@@ -274,70 +267,38 @@ pub(crate) fn report(parts: IndexParts, bytes: u64, seconds: [f64; 2], capture_e
 }
 
 /// Indexes every layer that can be, one at a time; returns seconds and the largest capture error.
-pub(crate) fn cluster(
-    capture: &Capture,
-    settings: &Settings,
-    parts: &mut IndexParts,
-    make: &mut Make,
-) -> Result<(f64, f32)> {
-    let (good, mut dense) = capture.finish()?;
-    let probe_tokens = build::probe_tokens(parts.meta.n_prefix(), settings);
-    let probe_layers = [good[good.len() / 2], good[good.len() - 1]];
+pub(crate) fn cluster(capture: &Capture, index: &mut Assembly, make: &mut Make) -> Result<(f64, f32)> {
+    let (good, dense) = capture.finish()?;
+    dense.into_iter().for_each(|(number, why)| index.dense(number, why));
     let phase = Phase::new("cluster", good.len());
-    let (mut scores, mut worst) = (Vec::new(), 0.0f32);
+    let mut worst = 0.0f32;
     for (i, &number) in good.iter().enumerate() {
         let (layer, error): (LayerCapture, f32) = match capture.read(number) {
             Ok(read) => read,
             Err(why) => {
-                dense.push((number, why));
+                index.dense(number, why);
                 continue;
             }
         };
         worst = worst.max(error);
-        let made = match make(&layer, parts, &phase, i).with_context(|| format!("cannot index layer {number}"))? {
-            Made::Layer(made) => made,
+        let made = make(&layer, index.is_empty(), &phase, i);
+        match made.with_context(|| format!("cannot index layer {number}"))? {
+            Made::Layer(made, Some(sketch)) => {
+                let margin = index.begin(&layer, *made, sketch)?;
+                eprintln!(
+                    "sketch of layer {number}: tokens at least {:.3} apart, positions {:.3}; rows may be {SKETCH_TOLERANCE:.3} off",
+                    margin.nearest_token, margin.nearest_position
+                );
+            }
+            Made::Layer(made, None) => index.add(&layer, *made)?,
             Made::Dense(why) => {
-                dense.push((number, why));
+                index.dense(number, why);
                 continue;
             }
-        };
-        if parts.layers.is_empty() {
-            parts.sketch.tolerance = tolerance(&parts.sketch, &parts.meta.tokens)?;
-        } else if probe_layers.contains(&number) {
-            parts.probes.push(build::probe(&layer, &probe_tokens));
         }
-        parts.layers.push(made.parts);
-        scores.push(made.scores);
         phase.step(i + 1);
     }
-    let seconds = phase.end();
-    if parts.layers.is_empty() {
-        let why: Vec<String> = dense.iter().map(|(n, why)| format!("layer {n}: {why}")).collect();
-        bail!("no layer of this model can be indexed: {}", why.join("; "));
-    }
-    dense.sort();
-    parts.meta.dense_layers = dense;
-    let tables = build::calibrate(&scores, &build::BUDGETS);
-    (parts.meta.calibration, parts.meta.mass_targets) = (tables.budgets, tables.masses);
-    Ok((seconds, worst))
-}
-
-/// An index is safe only where the sketch tells every two tokens and positions of the prefix apart.
-fn tolerance(sketch: &SketchParts, tokens: &[i32]) -> Result<f32> {
-    let margin = build::sketch_margin(sketch, tokens);
-    let (SketchMargin { nearest_token, nearest_position }, layer) = (margin, sketch.layer);
-    let tolerance = margin.tolerance().with_context(|| {
-        format!(
-            "layer {layer} cannot tell all tokens and positions of this text apart (nearest {nearest_token:.3} and \
-             {nearest_position:.3} of a row's norm), so an index could be used on another text: attention stays dense for \
-             this model and text"
-        )
-    })?;
-    eprintln!(
-        "sketch of layer {layer}: tokens at least {nearest_token:.3} apart, positions {nearest_position:.3}; rows may be \
-         {tolerance:.3} off"
-    );
-    Ok(tolerance)
+    Ok((phase.end(), worst))
 }
 
 pub(crate) fn meta(
@@ -347,13 +308,8 @@ pub(crate) fn meta(
     settings: &Settings,
     tokens: Vec<i32>,
 ) -> Result<IndexMeta> {
-    let architecture = model.meta("general.architecture").unwrap_or_default();
     Ok(IndexMeta {
-        model: ModelId {
-            name: model.meta("general.name").unwrap_or_default(),
-            fingerprint: fingerprint::of_model(model.path())?,
-            architecture,
-        },
+        model: ModelFile::read(model.path())?.id,
         rope: Rope {
             kind: model.rope_type(),
             freq_base: args.rope.rope_freq_base.unwrap_or(model.rope_freq_base()),

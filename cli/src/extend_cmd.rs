@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{ensure, Context as _, Result};
 use clap::ValueEnum;
-use ggml_squeeze::build::{self, LayerCapture, Settings};
-use ggml_squeeze::index::{self, Index, IndexParts, SketchParts};
+use ggml_squeeze::backend::Capture;
+use ggml_squeeze::build::{self, Assembly, LayerCapture, Settings};
+use ggml_squeeze::index::{self, Index};
 
 use crate::build_cmd::{self, Made, OutputArgs, Report};
-use crate::capture::Capture;
 use crate::llama::{Context, Model, ModelArgs};
 use crate::progress::Phase;
 use crate::tokens::{self, Chat};
@@ -71,27 +71,29 @@ pub fn make(args: &ExtendArgs, old: &Index) -> Result<Report> {
     let prefill = build_cmd::prefill(&mut context, tokens)?;
     args.files.save_states(&mut context, tokens)?;
 
-    let mut parts = IndexParts { meta, layers: Vec::new(), sketch: SketchParts::default(), probes: Vec::new() };
+    let mut index = Assembly::new(meta, &settings);
     let capture = context.capture().context("the context was made with a capture")?;
-    let mut make = |layer: &LayerCapture, parts: &mut IndexParts, phase: &Phase, i: usize| -> Result<Made> {
+    let mut make = |layer: &LayerCapture, first: bool, phase: &Phase, i: usize| -> Result<Made> {
         let number = layer.layer;
         let Some(view) = old.layer(number) else {
             let why = old.meta().dense_layers.iter().find(|(n, _)| *n == number).map(|(_, why)| why.clone());
             return Ok(Made::Dense(why.unwrap_or_else(|| "not in the index that was extended".into())));
         };
         let made = build::extend_layer(&view, layer, &settings, &|part| phase.part(i, part))?;
-        if parts.layers.is_empty() {
+        let mut sketch = None;
+        if first {
             ensure!(
                 number == old.sketch().layer,
                 "layer {}, which tells the prefix's tokens apart, can no longer be indexed: build a new index",
                 old.sketch().layer
             );
-            parts.sketch = build::extend_sketch(&old.sketch(), layer)?;
+            sketch = Some(build::extend_sketch(&old.sketch(), layer)?);
         }
-        Ok(Made::Layer(Box::new(made)))
+        Ok(Made::Layer(Box::new(made), sketch))
     };
-    let (seconds, capture_error) = build_cmd::cluster(capture, &settings, &mut parts, &mut make)?;
+    let (seconds, capture_error) = build_cmd::cluster(capture, &mut index, &mut make)?;
     drop(context);
+    let parts = index.finish()?;
     let bytes = index::write(&args.files.output, &parts)?;
     Ok(build_cmd::report(parts, bytes, [prefill, seconds], capture_error))
 }

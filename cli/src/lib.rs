@@ -2,11 +2,9 @@
 
 pub mod bench;
 pub mod build_cmd;
-pub mod capture;
 pub mod eval;
 pub mod extend_cmd;
 pub mod facts;
-pub mod fingerprint;
 pub mod gpu;
 pub mod info;
 pub mod inspect;

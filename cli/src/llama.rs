@@ -167,11 +167,6 @@ fn type_number(element: Element) -> sys::ggml_type {
     }
 }
 
-/// The type that has ggml's number; `None` for one that the plugin does not compute with.
-pub fn element_of(number: sys::ggml_type) -> Option<Element> {
-    Element::ALL.into_iter().find(|e| type_number(*e) == number)
-}
-
 impl ModelArgs {
     /// Types of K and V, as messages name them.
     pub fn cache_types(&self) -> String {

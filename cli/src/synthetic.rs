@@ -4,14 +4,13 @@
 use std::path::Path;
 
 use anyhow::{ensure, Context as _, Result};
-use ggml_squeeze::backend;
-use ggml_squeeze::build::{self, LayerCapture, Settings};
+use ggml_squeeze::backend::{self, Capture};
+use ggml_squeeze::build::{self, Assembly, LayerCapture, Settings};
 use ggml_squeeze::config::Config;
-use ggml_squeeze::index::{self, IndexMeta, IndexParts, SketchParts};
+use ggml_squeeze::index::{self, IndexMeta};
 use ggml_squeeze::random::split_mix;
 
 use crate::build_cmd::{self, Made};
-use crate::capture::Capture;
 use crate::llama::{Context, Model, ModelArgs};
 use crate::progress::Phase;
 use crate::session::Session;
@@ -59,23 +58,15 @@ pub fn open<'m>(
     let mut context = Context::with_capture(model, args, n + slack, capture)?;
     build_cmd::prefill(&mut context, &tokens)?;
     let meta = build_cmd::meta(model, args, Chat::Raw, settings, tokens.clone())?;
-    let mut parts = IndexParts {
-        meta: IndexMeta { synthetic: true, ..meta },
-        layers: Vec::new(),
-        sketch: SketchParts::default(),
-        probes: Vec::new(),
-    };
+    let mut made = Assembly::new(IndexMeta { synthetic: true, ..meta }, settings);
     let capture = context.capture().context("the context was made with a capture")?;
-    let mut make = |layer: &LayerCapture, parts: &mut IndexParts, _: &Phase, _: usize| -> Result<Made> {
+    let mut make = |layer: &LayerCapture, first: bool, _: &Phase, _: usize| -> Result<Made> {
         let made = build::synthetic_layer(layer, settings)?;
-        if parts.layers.is_empty() {
-            parts.sketch = build::sketch(layer)?;
-        }
-        Ok(Made::Layer(Box::new(made)))
+        Ok(Made::Layer(Box::new(made), if first { Some(build::sketch(layer)?) } else { None }))
     };
-    build_cmd::cluster(capture, settings, &mut parts, &mut make)?;
+    build_cmd::cluster(capture, &mut made, &mut make)?;
     capture.end();
-    index::write(file, &parts)?;
+    index::write(file, &made.finish()?)?;
     eprintln!("synthetic index: its clusters are made up, so speed is all that can be measured with it");
     register(Config { index_paths: vec![file.to_path_buf()], ..config })?;
     Ok(Session { context, n_prefix: n, tokens })

@@ -1,10 +1,9 @@
 //! Whether an index fits a model file: `sqz inspect --verify -m MODEL`.
 
 use anyhow::Result;
-use ggml_squeeze::index::IndexMeta;
+use ggml_squeeze::index::{IndexMeta, ModelFile};
 use serde::Serialize;
 
-use crate::fingerprint;
 use crate::inspect::{clean, table};
 use crate::llama::Model;
 
@@ -31,7 +30,7 @@ impl Check {
 /// The model file cannot be read.
 pub fn checks(meta: &IndexMeta, model: &Model) -> Result<Vec<Check>> {
     let hex = |bytes: &[u8]| bytes[..8].iter().map(|b| format!("{b:02x}")).collect::<String>();
-    let of_file = fingerprint::of_model(model.path())?;
+    let of_file = ModelFile::read(model.path())?.id.fingerprint;
     let highest = meta.tokens.iter().copied().max().unwrap_or(0);
     Ok(vec![
         Check::same("architecture", &meta.model.architecture, model.meta("general.architecture").unwrap_or_default()),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use common::context::{sparse_nodes, trials};
 use ggml_squeeze::backend;
-use ggml_squeeze::capi::SqzStats;
+use ggml_squeeze::capi::{sqz_context, sqz_stats, sqz_status};
 use ggml_squeeze::config::Config;
 use ggml_squeeze::index::sample::sample_parts;
 use ggml_squeeze::index::{to_bytes, Index};
@@ -26,17 +26,18 @@ fn logits(context: &mut Context, tokens: &[i32]) -> Vec<u32> {
     context.logits(0).unwrap().iter().map(|x| x.to_bits()).collect()
 }
 
-/// `sqz_stats` as a host finds it: through the registry.
-fn registry_stats() -> SqzStats {
+/// The counters as a host finds them: through the registry.
+fn registry_stats() -> sqz_stats {
     let registry = ggml_squeeze::capi::ggml_backend_init();
-    let mut totals = SqzStats::default();
+    let mut totals = sqz_stats::default();
     // SAFETY: a live registry; the function found under this name has this type.
     unsafe {
         let get = (*registry).iface.get_proc_address.unwrap();
-        let found = get(registry, c"sqz_stats".as_ptr());
+        let found = get(registry, c"sqz_get_stats".as_ptr());
         assert!(!found.is_null());
-        let sqz_stats: unsafe extern "C" fn(*mut SqzStats) = std::mem::transmute(found);
-        sqz_stats(&mut totals);
+        let get_stats: unsafe extern "C" fn(*const sqz_context, *mut sqz_stats) -> sqz_status =
+            std::mem::transmute(found);
+        assert_eq!(get_stats(std::ptr::null(), &mut totals), sqz_status::SQZ_OK);
     }
     totals
 }

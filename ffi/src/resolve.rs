@@ -10,13 +10,14 @@ const VERSION: &str = "0.26";
 /// `sizeof(struct ggml_object)`, private to ggml.c: part of what `ggml_tensor_overhead()` returns.
 const OBJECT_SIZE: usize = 32;
 /// Operations that the plugin tells apart by number, with ggml's name for each.
-const OPS: [(ggml_op, &CStr); 10] = [
+const OPS: [(ggml_op, &CStr); 11] = [
     (GGML_OP_NONE, c"NONE"),
     (GGML_OP_CPY, c"CPY"),
     (GGML_OP_RESHAPE, c"RESHAPE"),
     (GGML_OP_VIEW, c"VIEW"),
     (GGML_OP_PERMUTE, c"PERMUTE"),
     (GGML_OP_TRANSPOSE, c"TRANSPOSE"),
+    (GGML_OP_GET_ROWS, c"GET_ROWS"),
     (GGML_OP_SET_ROWS, c"SET_ROWS"),
     (GGML_OP_ROPE, c"ROPE"),
     (GGML_OP_FLASH_ATTN_EXT, c"FLASH_ATTN_EXT"),

@@ -9,7 +9,7 @@ use ggml_sys as sys;
 
 use super::cuda;
 use super::graph;
-use super::runtime::{snapshot, stats, Snapshot};
+use super::runtime::{current, enter, snapshot, stats, Scope, Snapshot};
 use super::stats::log;
 use super::status;
 
@@ -33,6 +33,7 @@ enum Instance {
 struct Patched {
     original: sys::ggml_backend_i,
     instance: Mutex<Instance>,
+    scope: Arc<Scope>,
 }
 
 #[derive(Default)]
@@ -93,7 +94,7 @@ pub unsafe fn patch_backend(backend: sys::ggml_backend_t, kind: &Kind) {
         Kind::Cpu => Instance::Cpu(Box::default()),
         Kind::Cuda(bus_id) => Instance::Cuda(cuda::Instance::new(bus_id)),
     };
-    let patched = Patched { original: object.iface, instance: Mutex::new(instance) };
+    let patched = Patched { original: object.iface, instance: Mutex::new(instance), scope: current() };
     hooks().backends.insert(backend as usize, Arc::new(patched));
     object.iface.graph_compute = Some(compute_patched);
     object.iface.free = Some(free_patched);
@@ -104,6 +105,7 @@ pub unsafe fn patch_backend(backend: sys::ggml_backend_t, kind: &Kind) {
 pub fn settle() {
     let all: Vec<Arc<Patched>> = hooks().backends.values().cloned().collect();
     for patched in all {
+        let _entered = enter(&patched.scope);
         if let Ok(mut instance) = patched.instance.try_lock() {
             if let Instance::Cuda(instance) = &mut *instance {
                 instance.settle();
@@ -115,9 +117,13 @@ pub fn settle() {
 unsafe extern "C" fn free_patched(backend: sys::ggml_backend_t) {
     let (patched, left) = {
         let mut hooks = hooks();
-        (hooks.backends.remove(&(backend as usize)), hooks.backends.len())
+        let patched = hooks.backends.remove(&(backend as usize));
+        let beside = |p: &&Arc<Patched>| patched.as_ref().is_some_and(|own| Arc::ptr_eq(&p.scope, &own.scope));
+        let left = hooks.backends.values().filter(beside).count();
+        (patched, left)
     };
     let free = patched.as_ref().and_then(|p| p.original.free);
+    let _entered = patched.as_ref().map(|p| enter(&p.scope));
     // What a GPU's last graphs did is counted now.
     drop(patched);
     if left == 0 {
@@ -137,6 +143,7 @@ unsafe extern "C" fn free_patched(backend: sys::ggml_backend_t) {
 unsafe extern "C" fn compute_patched(backend: sys::ggml_backend_t, graph: *mut sys::ggml_cgraph) -> sys::ggml_status {
     let Some(patched) = hooks().backends.get(&(backend as usize)).cloned() else { return sys::GGML_STATUS_FAILED };
     let mut instance = patched.instance.lock().unwrap_or_else(|e| e.into_inner());
+    let _entered = enter(&patched.scope);
     let snapshot = snapshot();
     let status = match &mut *instance {
         // SAFETY: as ggml called us.

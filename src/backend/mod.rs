@@ -2,6 +2,7 @@
 
 mod binding;
 mod cache;
+mod capture;
 mod cuda;
 mod graph;
 mod hook;
@@ -13,10 +14,11 @@ mod stats;
 mod status;
 mod tensor;
 
+pub use capture::{Capture, CaptureError, DenseLayers};
 pub use plugin::{register, registry};
 pub use rows::{is_quantised, Row};
-pub use runtime::{configure, set_indexes};
-pub use stats::Stats;
+pub use runtime::{attach, configure, current, detach, enter, set_current, set_indexes, Entered, Scope};
+pub use stats::{set_log, LogSink, Stats};
 
 /// Totals since the start or the last reset. Waits for what GPUs still count.
 pub fn stats() -> Stats {

@@ -171,8 +171,8 @@ unsafe extern "C" fn device(_reg: sys::ggml_backend_reg_t, i: usize) -> sys::ggm
 unsafe extern "C" fn proc_address(_reg: sys::ggml_backend_reg_t, name: *const c_char) -> *mut c_void {
     // SAFETY: ggml passes a terminated string.
     let wanted = unsafe { CStr::from_ptr(name) };
-    if wanted == c"sqz_stats" {
-        return crate::capi::sqz_stats as *mut c_void;
+    if wanted == c"sqz_get_stats" {
+        return crate::capi::sqz_get_stats as *mut c_void;
     }
     if named().is_empty() {
         return std::ptr::null_mut();

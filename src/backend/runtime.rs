@@ -1,5 +1,8 @@
-//! What is in force for the whole process: settings and the indexes made ready, swapped as one.
+//! What is in force: settings and the indexes made ready, swapped as one, and totals. There is one such scope for the
+//! process, and one for each context that a host makes through the C ABI. Functions here mean the scope that the calling
+//! thread is in: while a graph is computed, that of its backend.
 
+use std::cell::RefCell;
 use std::cmp::Reverse;
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
@@ -26,14 +29,46 @@ pub struct Snapshot {
     pub generation: u64,
 }
 
-struct Runtime {
+/// What belongs together; backends keep the scope that they were made in.
+#[derive(Default)]
+pub struct Scope {
     snapshot: RwLock<Arc<Snapshot>>,
     stats: Mutex<Stats>,
 }
 
-fn runtime() -> &'static Runtime {
-    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
-    RUNTIME.get_or_init(|| Runtime { snapshot: RwLock::default(), stats: Mutex::default() })
+thread_local! {
+    static CURRENT: RefCell<Option<Arc<Scope>>> = const { RefCell::new(None) };
+}
+
+fn process() -> &'static Arc<Scope> {
+    static PROCESS: OnceLock<Arc<Scope>> = OnceLock::new();
+    PROCESS.get_or_init(Arc::default)
+}
+
+/// The scope that this thread is in; the process's unless it has entered another.
+pub fn current() -> Arc<Scope> {
+    // A thread that ends has no scope of its own any more.
+    let own = CURRENT.try_with(|current| current.borrow().clone()).ok().flatten();
+    own.unwrap_or_else(|| process().clone())
+}
+
+/// Puts this thread into a scope until the next call; `None`: that of the process.
+pub fn set_current(scope: Option<Arc<Scope>>) -> Option<Arc<Scope>> {
+    CURRENT.try_with(|current| current.replace(scope)).ok().flatten()
+}
+
+/// Puts this thread back when it is dropped.
+pub struct Entered(Option<Arc<Scope>>);
+
+/// Puts this thread into a scope for a while.
+pub fn enter(scope: &Arc<Scope>) -> Entered {
+    Entered(set_current(Some(scope.clone())))
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        set_current(self.0.take());
+    }
 }
 
 /// Threshold of a nominal share: the nearest calibrated ones, interpolated in the logarithm.
@@ -82,9 +117,12 @@ fn selection(config: &Config, meta: &IndexMeta) -> Selection {
     Selection { mode, spread: config.spread, alpha: SPREAD_ALPHA, estimate: config.estimate, coarse_share: 1.0 }
 }
 
-fn replace(config: Config, mut matchers: Vec<Arc<Matcher>>, new_indexes: bool) {
+/// Makes settings and indexes of the present ones, in one step.
+fn update(make: impl FnOnce(&Snapshot) -> (Config, Vec<Arc<Matcher>>, bool)) {
+    let scope = current();
+    let mut slot = scope.snapshot.write().unwrap_or_else(|e| e.into_inner());
+    let (config, mut matchers, new_indexes) = make(&slot);
     matchers.sort_by_key(|matcher| Reverse(matcher.index.meta().n_prefix()));
-    let mut slot = runtime().snapshot.write().unwrap_or_else(|e| e.into_inner());
     let indexes = matchers
         .into_iter()
         .map(|matcher| Loaded { selection: selection(&config, matcher.index.meta()), matcher })
@@ -93,7 +131,7 @@ fn replace(config: Config, mut matchers: Vec<Arc<Matcher>>, new_indexes: bool) {
 }
 
 pub fn snapshot() -> Arc<Snapshot> {
-    runtime().snapshot.read().unwrap_or_else(|e| e.into_inner()).clone()
+    current().snapshot.read().unwrap_or_else(|e| e.into_inner()).clone()
 }
 
 fn matchers(snapshot: &Snapshot) -> Vec<Arc<Matcher>> {
@@ -111,34 +149,62 @@ pub fn start(config: Config) {
             Err(error) => log(format_args!("{}: {error}; attention stays dense", path.display())),
         }
     }
-    replace(config, found, true);
+    update(|_| (config, found, true));
 }
 
 /// Changes settings; they hold from the next graph on.
 pub fn configure(change: impl FnOnce(&mut Config)) {
-    let old = snapshot();
-    let mut config = old.config.clone();
-    change(&mut config);
-    replace(config, matchers(&old), false);
+    update(|old| {
+        let mut config = old.config.clone();
+        change(&mut config);
+        (config, matchers(old), false)
+    });
 }
 
 /// Replaces the indexes in force.
 pub fn set_indexes(indexes: Vec<Arc<Index>>) {
     let made = indexes.into_iter().map(|index| Arc::new(Matcher::new(index))).collect();
-    replace(snapshot().config.clone(), made, true);
+    update(|old| (old.config.clone(), made, true));
+}
+
+/// Adds an index to those in force; false if it is one of them.
+pub fn attach(index: &Arc<Index>) -> bool {
+    let matcher = Arc::new(Matcher::new(index.clone()));
+    let mut added = false;
+    update(|old| {
+        let mut all = matchers(old);
+        added = !all.iter().any(|m| Arc::ptr_eq(&m.index, index));
+        if added {
+            all.push(matcher);
+        }
+        (old.config.clone(), all, added)
+    });
+    added
+}
+
+/// Takes an index out of those in force; false if it is none of them. A graph that is being computed ends with it.
+pub fn detach(index: &Arc<Index>) -> bool {
+    let mut removed = false;
+    update(|old| {
+        let mut all = matchers(old);
+        all.retain(|m| !Arc::ptr_eq(&m.index, index));
+        removed = all.len() < old.indexes.len();
+        (old.config.clone(), all, removed)
+    });
+    removed
 }
 
 /// Totals since the start or the last reset.
 pub fn stats() -> Stats {
-    runtime().stats.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    current().stats.lock().unwrap_or_else(|e| e.into_inner()).clone()
 }
 
 pub fn reset_stats() {
-    *runtime().stats.lock().unwrap_or_else(|e| e.into_inner()) = Stats::default();
+    *current().stats.lock().unwrap_or_else(|e| e.into_inner()) = Stats::default();
 }
 
 pub fn count(change: impl FnOnce(&mut Stats)) {
-    change(&mut runtime().stats.lock().unwrap_or_else(|e| e.into_inner()));
+    change(&mut current().stats.lock().unwrap_or_else(|e| e.into_inner()));
 }
 
 #[cfg(test)]

@@ -1,8 +1,10 @@
 //! Counters of what the plugin did, and its log lines.
 
 use std::collections::BTreeMap;
+use std::ffi::{CStr, CString};
 use std::fmt;
 use std::io::Write;
+use std::sync::RwLock;
 
 /// Why an attention node stayed dense.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -119,8 +121,23 @@ impl fmt::Display for Stats {
     }
 }
 
-/// One line for people, on stderr, in one piece: the host's own threads write there too.
+/// Takes the lines that would go to stderr.
+pub type LogSink = Box<dyn Fn(&CStr) + Send + Sync>;
+
+static SINK: RwLock<Option<LogSink>> = RwLock::new(None);
+
+/// Where lines go from now on; none: to stderr.
+pub fn set_log(sink: Option<LogSink>) {
+    *SINK.write().unwrap_or_else(|e| e.into_inner()) = sink;
+}
+
+/// One line for people, on stderr (or where the host wants it) in one piece: the host's own threads write there too.
 pub(crate) fn log(text: impl fmt::Display) {
+    if let Some(sink) = &*SINK.read().unwrap_or_else(|e| e.into_inner()) {
+        let line = CString::new(format!("squeeze: {text}").replace('\0', " ")).unwrap_or_default();
+        sink(&line);
+        return;
+    }
     let line = format!("squeeze: {text}\n");
     // nobody is left to tell when stderr is gone
     let _ = std::io::stderr().write_all(line.as_bytes());

@@ -82,14 +82,7 @@ impl Tensor {
 
     /// Type of K or V; `None` for one that we do not compute with.
     pub fn element(&self) -> Option<Element> {
-        match self.raw().type_ {
-            sys::GGML_TYPE_F32 => Some(Element::F32),
-            sys::GGML_TYPE_F16 => Some(Element::F16),
-            sys::GGML_TYPE_BF16 => Some(Element::BF16),
-            sys::GGML_TYPE_Q8_0 => Some(Element::Q8_0),
-            sys::GGML_TYPE_Q4_0 => Some(Element::Q4_0),
-            _ => None,
-        }
+        element_of(self.raw().type_)
     }
 
     pub fn is_f16(&self) -> bool {
@@ -149,6 +142,18 @@ impl Tensor {
                 None
             }
         }
+    }
+}
+
+/// The element type that ggml has under a number; `None` for one that we do not compute with.
+pub fn element_of(number: sys::ggml_type) -> Option<Element> {
+    match number {
+        sys::GGML_TYPE_F32 => Some(Element::F32),
+        sys::GGML_TYPE_F16 => Some(Element::F16),
+        sys::GGML_TYPE_BF16 => Some(Element::BF16),
+        sys::GGML_TYPE_Q8_0 => Some(Element::Q8_0),
+        sys::GGML_TYPE_Q4_0 => Some(Element::Q4_0),
+        _ => None,
     }
 }
 

@@ -22,6 +22,20 @@ pub enum BuildError {
     #[error("build setting {name} = {value} cannot be used: give {wanted}")]
     Setting { name: &'static str, value: String, wanted: &'static str },
 
+    /// An index is safe only where the sketch tells every two tokens and positions of the prefix apart.
+    #[error(
+        "layer {layer} cannot tell all tokens and positions of this text apart (nearest {nearest_token:.3} and \
+         {nearest_position:.3} of a row's norm), so an index could be used on another text: attention stays dense for this \
+         model and text"
+    )]
+    NotTold { layer: u32, nearest_token: f32, nearest_position: f32 },
+
+    #[error("layer {layer} comes after layer {before}: add each layer once, the lowest first")]
+    Order { layer: u32, before: u32 },
+
+    #[error("no layer of this model can be indexed: {why}")]
+    NoLayer { why: String },
+
     /// An index cannot be extended to a text that does not begin with its own.
     #[error(
         "the text does not continue the old prefix: it has {n_new} tokens, the old one {n_old}, and they part at token {token}: \

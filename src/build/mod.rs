@@ -2,8 +2,10 @@
 //! arrays; knows nothing of models, files or ggml.
 //!
 //! Per layer [`index_layer`] makes the clusters and the scores that the window's queries give them; once all layers are
-//! done [`calibrate`] finds the global thresholds and targets. [`sketch`] and [`probe`] keep what binding needs.
+//! done [`calibrate`] finds the global thresholds and targets. [`sketch`] and [`probe`] keep what binding needs. An
+//! [`Assembly`] puts all of it together.
 
+mod assemble;
 mod calibrate;
 pub mod cuda;
 mod error;
@@ -23,6 +25,7 @@ use std::sync::{Mutex, PoisonError};
 use half::f16;
 use rayon::prelude::*;
 
+pub use assemble::Assembly;
 pub use calibrate::{calibrate, Tables, BUDGETS, MASSES};
 pub use error::BuildError;
 pub use extend::{check_extension, extend_layer, extend_sketch};
@@ -288,7 +291,11 @@ fn join_heads(capture: &LayerCapture, plan: &Plan, heads: impl Iterator<Item = H
     parts
 }
 
-fn check_settings(settings: &Settings) -> Result<(), BuildError> {
+/// Whether settings can be used.
+///
+/// # Errors
+/// `Setting`.
+pub fn check_settings(settings: &Settings) -> Result<(), BuildError> {
     let share = settings.cluster_share;
     if !(share > 0.0 && share <= 1.0) {
         let wanted = "a share above 0 and at most 1";

@@ -1,28 +1,60 @@
-//! What C sees: the plugin's entry point, registration for hosts that link us, statistics. No panic crosses.
+//! The C ABI: `include/squeeze.h` is generated from this folder (scripts/header.sh). Handles are numbers that are looked up,
+//! never followed; every other pointer is checked for null; errors are statuses; no panic crosses.
 
+mod builder;
+mod context;
+mod handle;
+mod index;
+mod plain;
+mod status;
+
+use std::ffi::{c_char, c_void, CStr};
 use std::panic::catch_unwind;
 
 use ggml_sys as sys;
 
 use crate::backend;
+use status::sqz_status::*;
+use status::{fail, guard};
 
-/// Totals since the process began; filled by [`sqz_stats`].
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub struct SqzStats {
-    /// Attention nodes with at least one sparse row.
-    pub nodes_sparse: u64,
-    /// Attention nodes on our kernels because of GGML_SQUEEZE_FORCE.
-    pub nodes_forced: u64,
-    /// Attention nodes left to the stock kernel while an index was loaded.
-    pub nodes_dense: u64,
-    /// Query rows, counted per node, that were sparse.
-    pub rows_sparse: u64,
-    /// Times an index was bound to cache cells, and times that ended.
-    pub bound: u64,
-    pub unbound: u64,
-    /// Mean kept share of the prefix keys over sparse rows and KV heads; 0 before the first.
-    pub kept_share: f64,
+pub use builder::*;
+pub use context::*;
+pub use index::*;
+pub use status::{sqz_last_error, sqz_status, sqz_status_str};
+
+/// Number of this interface; a library with another one does not fit a header.
+pub const SQZ_ABI_VERSION: u32 = 1;
+
+/// SQZ_ABI_VERSION of the library. Thread-safe.
+#[no_mangle]
+pub extern "C" fn sqz_abi_version() -> u32 {
+    SQZ_ABI_VERSION
+}
+
+/// Version of the library, "0.1.0" say; static. Thread-safe.
+#[no_mangle]
+pub extern "C" fn sqz_version() -> *const c_char {
+    const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\0");
+    VERSION.as_ptr().cast()
+}
+
+/// Told one line of text, without an end of line. May be called from any thread, also while ggml computes.
+#[allow(non_camel_case_types)]
+pub type sqz_log_callback = Option<unsafe extern "C" fn(line: *const c_char, user_data: *mut c_void)>;
+
+/// Where the library's lines go; null: to stderr, as at the start. `line` is valid during the call.
+#[no_mangle]
+pub extern "C" fn sqz_set_log(callback: sqz_log_callback, user_data: *mut c_void) -> sqz_status {
+    guard(|| {
+        let user_data = user_data.expose_provenance();
+        backend::set_log(callback.map(|callback| -> backend::LogSink {
+            Box::new(move |line: &CStr| {
+                // SAFETY: the host's function with the host's data, which it promises to be usable from any thread.
+                unsafe { callback(line.as_ptr(), std::ptr::with_exposed_provenance_mut(user_data)) }
+            })
+        }));
+        Ok(())
+    })
 }
 
 /// Entry point of the plugin (`GGML_BACKEND_PATH`); null where the host's ggml is not the one that this build is made for.
@@ -31,35 +63,15 @@ pub extern "C" fn ggml_backend_init() -> sys::ggml_backend_reg_t {
     catch_unwind(backend::registry).unwrap_or(std::ptr::null_mut())
 }
 
-/// For a host that links the library: hooks the CPU device with settings from the environment. Call it after ggml's
-/// backends are loaded and before a backend or llama context is made. 0, or -1 after one line on stderr.
+/// For a host that links the library: hooks the CPU's and the GPUs' backends, with settings from the environment. Call it
+/// after ggml's backends are loaded and before a backend or llama context is made. A second call changes nothing.
 #[no_mangle]
-pub extern "C" fn sqz_register() -> i32 {
-    if ggml_backend_init().is_null() {
-        -1
-    } else {
-        0
-    }
-}
-
-/// Writes the totals to `out`. Found by name through the registry's `get_proc_address` too.
-///
-/// # Safety
-/// `out` is null (then nothing happens) or points to a writable `SqzStats`.
-#[no_mangle]
-pub unsafe extern "C" fn sqz_stats(out: *mut SqzStats) {
-    let Ok(totals) = catch_unwind(backend::stats) else { return };
-    let filled = SqzStats {
-        nodes_sparse: totals.nodes_sparse,
-        nodes_forced: totals.nodes_forced,
-        nodes_dense: totals.nodes_dense.values().sum(),
-        rows_sparse: totals.rows_sparse,
-        bound: totals.bound,
-        unbound: totals.unbound,
-        kept_share: totals.kept_share,
-    };
-    // SAFETY: writable by contract, or null.
-    if let Some(out) = unsafe { out.as_mut() } {
-        *out = filled;
-    }
+pub extern "C" fn sqz_register() -> sqz_status {
+    guard(|| match backend::registry().is_null() {
+        true => fail(
+            SQZ_ERROR_HOST,
+            "no ggml that this library is made for is in the process; the line that was logged says why",
+        ),
+        false => Ok(()),
+    })
 }

@@ -5,6 +5,7 @@ mod gguf;
 mod keys;
 mod layout;
 mod map;
+mod model;
 mod read;
 mod seal;
 pub mod types;
@@ -17,6 +18,7 @@ pub mod sample;
 mod tests;
 
 pub use error::IndexError;
+pub use model::{ModelError, ModelFile};
 pub use read::Index;
 pub use types::*;
 pub(crate) use write::is_special;

@@ -83,6 +83,11 @@ impl Index {
         self.probes().iter().try_for_each(|probe| validate::probe(self.meta(), probe))
     }
 
+    /// All of it, as in the file.
+    pub fn bytes(&self) -> &[u8] {
+        self.bytes.as_slice()
+    }
+
     /// The file it came from; None: from memory.
     pub fn path(&self) -> Option<&Path> {
         self.path.as_deref()

@@ -170,6 +170,17 @@ pub fn write(path: &Path, parts: &IndexParts) -> Result<u64, IndexError> {
     Ok(bytes.len() as u64)
 }
 
+impl super::Index {
+    /// Writes the index to a file, as [`write`] does; returns its size in bytes.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn save(&self, path: &Path) -> Result<u64, IndexError> {
+        replace(path, self.bytes()).map_err(|source| IndexError::Io { path: path.to_path_buf(), source })?;
+        Ok(self.bytes().len() as u64)
+    }
+}
+
 /// A file that is removed unless it was renamed.
 struct Temporary {
     path: PathBuf,

@@ -1,17 +1,27 @@
 //! A context: decode, logits, state files. Sequence 0 unless one is named.
 
+use std::ffi::c_void;
 use std::path::Path;
 use std::ptr::NonNull;
 
 use anyhow::{bail, ensure, Context as _, Result};
+use ggml_squeeze::backend::Capture;
 use llama_cpp_sys_2 as sys;
 
 use super::{c_path, cause, type_number, Flash, Model, ModelArgs};
-use crate::capture::Capture;
 
 /// llama.h's LLAMA_FILE_MAGIC_GGSN and _GGSQ: a whole state, and that of one sequence.
 const MAGIC_SESSION: u32 = 0x6767_736e;
 const MAGIC_SEQUENCE: u32 = 0x6767_7371;
+
+/// The scheduler's callback; `user` is a `Capture`.
+///
+/// # Safety
+/// Called by llama.cpp during a decode, with a live tensor and the pointer given at context creation.
+unsafe extern "C" fn on_eval(t: *mut sys::ggml_tensor, ask: bool, user: *mut c_void) -> bool {
+    // SAFETY: see above; nobody else uses the capture during a decode. Both bindings are of one ggml.
+    unsafe { (*user.cast::<Capture>()).on_eval(t.cast(), ask) }
+}
 
 /// Which tokens of a batch get logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +102,7 @@ impl<'m> Context<'m> {
             p.swa_full = swa_full;
             p.no_perf = true;
             if let Some(c) = capture.as_deref_mut() {
-                p.cb_eval = Some(crate::capture::on_eval);
+                p.cb_eval = Some(on_eval);
                 p.cb_eval_user_data = std::ptr::from_mut(c).cast();
             }
             sys::llama_init_from_model(model.raw.as_ptr(), p)

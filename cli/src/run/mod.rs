@@ -10,9 +10,10 @@ use std::time::Duration;
 use anyhow::{bail, ensure, Context as _, Result};
 use ggml_squeeze::attention::Element;
 use ggml_squeeze::config::{Config, DEFAULT_MIN_PREFIX};
+use ggml_squeeze::index::ModelFile;
 
 use crate::build_cmd::{self, BuildArgs, ClusterArgs, OutputArgs};
-use crate::fingerprint;
+
 use crate::llama::{self, Flash, Model, ModelArgs};
 use crate::session::share;
 use crate::tokens::Chat;
@@ -146,7 +147,7 @@ fn key(build: &BuildArgs, text: &str) -> Result<Key> {
     std::fs::File::open(&model.model).with_context(|| format!("cannot read the model {}", model.model.display()))?;
     let mut key = Key::new();
     // the model's file holds vocabulary and template: with them and the rules of this version the text gives the tokens
-    key.add("model", fingerprint::of_model(&model.model)?);
+    key.add("model", ModelFile::read(&model.model)?.id.fingerprint);
     key.add("text", text);
     key.add("chat", build.chat.name());
     key.add("settings", format!("{:?}", (settings.n_sink, settings.n_window, settings.iterations, settings.seed)));

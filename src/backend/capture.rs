@@ -2,17 +2,19 @@
 //! attention op (mask, the queries of the last tokens); afterwards K and V are read from the cache, layer by layer.
 
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::{c_void, CStr};
+use std::ffi::CStr;
+use std::sync::OnceLock;
 
-use anyhow::{bail, Result};
-use ggml_squeeze::attention::{Array, Element};
-use ggml_squeeze::backend::{is_quantised, Row};
-use ggml_squeeze::build::{cache_blocks, LayerCapture};
-use ggml_squeeze::hadamard::rotate;
+use ggml_sys as sys;
+use ggml_sys::Api;
 use half::f16;
-use llama_cpp_sys_2 as sys;
 
-use crate::llama::element_of;
+use super::rows::{is_quantised, Row};
+use super::tensor::element_of;
+use crate::attention::{Array, Element};
+use crate::build::{cache_blocks, LayerCapture};
+use crate::hadamard::rotate;
+use crate::index::Rope;
 
 /// Relative error above which captured K, Q and V are taken to be something else than the op's. Half precision sums in
 /// llama.cpp's kernels stay near 0.002; a wrong layout is at 1.
@@ -43,6 +45,8 @@ struct Layer {
     n_head: usize,
     scale: f32,
     softcap: f32,
+    /// As its keys were turned; none where no such op was seen before it.
+    rope: Option<Rope>,
     sinks: Vec<f32>,
     /// `[W][n_head][head_dim_k]`.
     q: Vec<f32>,
@@ -52,7 +56,18 @@ struct Layer {
     dense: Option<String>,
 }
 
-/// State of the callback.
+/// The prefix's tokens, and how far graphs have come with them: for hosts that do not say which tokens a graph has.
+struct Follow {
+    tokens: Vec<i32>,
+    /// Tokens in graphs that are done.
+    done: usize,
+    /// The table that token embeddings are taken from, once it was seen: it marks the begin of a graph.
+    table: usize,
+    /// Has an attention op of the present graph been seen?
+    attended: bool,
+}
+
+/// What was seen of a prefix so far; the scheduler's callback hands it every tensor.
 pub struct Capture {
     n_prefix: usize,
     n_window: usize,
@@ -64,35 +79,59 @@ pub struct Capture {
     layers: BTreeMap<u32, Layer>,
     /// Attention ops seen, whether of a layer with a cache or not.
     n_op: usize,
+    /// The last one seen.
+    rope: Option<Rope>,
     /// Nothing is looked at any more, and graphs are computed in one go again.
     ended: bool,
+    follow: Option<Follow>,
+    problem: Option<CaptureError>,
 }
 
-/// The scheduler's callback; `user` is a `Capture`.
+/// What keeps a prefix from being captured.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CaptureError {
+    #[error("{0}")]
+    Host(String),
+    #[error(
+        "flash attention is off or not supported by this model: no FLASH_ATTN_EXT op ran, and there is nothing to make faster. \
+         Use -fa on (or auto); a model that llama.cpp runs without flash attention cannot be indexed"
+    )]
+    NoFlashAttention,
+    #[error("no layer of this model can be indexed; layer {layer}: {why}")]
+    NoLayer { layer: u32, why: String },
+    #[error(
+        "no attention op of this model reads a KV cache (a recurrent or encoder model, or a cache of type f32, which llama.cpp \
+         turns to F16 in every graph: use f16)"
+    )]
+    NoCache,
+    #[error(
+        "{seen} of the {n_prefix} tokens of the prefix were decoded: decode them all, from position 0 on, in order, as one \
+         sequence that is alone in the cache, then build"
+    )]
+    Unseen { seen: usize, n_prefix: usize },
+}
+
+// SAFETY: addresses of a context's cache, followed only while the owner promises that the context is alive and idle.
+unsafe impl Send for Capture {}
+
+fn api() -> Result<&'static Api, CaptureError> {
+    static API: OnceLock<Result<Api, String>> = OnceLock::new();
+    let found = API.get_or_init(|| Api::resolve().and_then(|api| api.check().map(|()| api)));
+    found.as_ref().map_err(|e| CaptureError::Host(e.clone()))
+}
+
+/// All bytes of a plain tensor from its first to its last element, wherever it lies.
 ///
 /// # Safety
-/// Called by llama.cpp during a decode, with a live tensor and the pointer given at context creation.
-pub unsafe extern "C" fn on_eval(t: *mut sys::ggml_tensor, ask: bool, user: *mut c_void) -> bool {
-    // SAFETY: see above; nobody else uses the capture during a decode.
-    let (t, capture) = unsafe { (&*t, &mut *user.cast::<Capture>()) };
-    if t.op != sys::GGML_OP_FLASH_ATTN_EXT || capture.ended {
-        return !ask;
-    }
-    if !ask {
-        // SAFETY: the op has just been computed, so it and its sources hold their values.
-        unsafe { capture.see(t) };
-    }
-    true
-}
-
-/// All bytes of a tensor, wherever it lies.
-unsafe fn bytes_of(t: &sys::ggml_tensor) -> Vec<u8> {
-    // SAFETY: the caller has a live tensor with data.
-    unsafe {
-        let mut out = vec![0u8; sys::ggml_nbytes(t)];
-        sys::ggml_backend_tensor_get(t, out.as_mut_ptr().cast(), 0, out.len());
-        out
-    }
+/// `t` is live, has data, and is no view whose steps go backwards.
+unsafe fn bytes_of(t: &sys::ggml_tensor, api: &Api) -> Vec<u8> {
+    // SAFETY: a type of a live tensor.
+    let size = unsafe { (api.ggml_type_size)(t.type_) };
+    let steps = t.ne.iter().zip(t.nb).map(|(n, nb)| (*n as usize).saturating_sub(1) * nb);
+    let mut out = vec![0u8; size + steps.sum::<usize>()];
+    // SAFETY: by contract; no more than the tensor has.
+    unsafe { (api.ggml_backend_tensor_get)(t, out.as_mut_ptr().cast(), 0, out.len()) };
+    out
 }
 
 fn f32_at(bytes: &[u8], offset: usize) -> f32 {
@@ -110,6 +149,17 @@ unsafe fn root_of(mut t: *const sys::ggml_tensor) -> (*const sys::ggml_tensor, S
     }
 }
 
+/// Does the tensor look up the embeddings of a batch's tokens?
+fn is_token_lookup(t: &sys::ggml_tensor) -> bool {
+    if t.op != sys::GGML_OP_GET_ROWS || t.src[1].is_null() {
+        return false;
+    }
+    // SAFETY: a source of a live tensor; names are NUL-terminated. A scheduler's copy has the name within its own.
+    let (ids, name) = unsafe { (&*t.src[1], CStr::from_ptr((*t.src[1]).name.as_ptr())) };
+    let vector = ids.type_ == sys::GGML_TYPE_I32 && ids.nb[0] == 4 && ids.ne[1..].iter().all(|n| *n == 1);
+    vector && name.to_string_lossy().contains("inp_tokens")
+}
+
 fn rows(root: *const sys::ggml_tensor, view: &sys::ggml_tensor, element: Option<Element>) -> Rows {
     Rows {
         root,
@@ -124,9 +174,92 @@ fn rows(root: *const sys::ggml_tensor, view: &sys::ggml_tensor, element: Option<
 }
 
 impl Capture {
+    /// For a host that calls [`Capture::begin`] before each graph.
     pub fn new(n_prefix: usize, n_window: usize) -> Capture {
         let (masks, layers) = (HashMap::new(), BTreeMap::new());
-        Capture { n_prefix, n_window, first: 0, n: 0, masks, layers, n_op: 0, ended: false }
+        let (first, n, n_op, rope, ended) = (0, 0, 0, None, false);
+        Capture { n_prefix, n_window, first, n, masks, layers, n_op, rope, ended, follow: None, problem: None }
+    }
+
+    /// For any host: which tokens a graph has is read from the graph. Others than the next ones of the prefix are not looked at,
+    /// its first ones begin anew.
+    pub fn following(tokens: Vec<i32>, n_window: usize) -> Capture {
+        let n_prefix = tokens.len();
+        let follow = Some(Follow { tokens, done: 0, table: 0, attended: false });
+        Capture { follow, ..Capture::new(n_prefix, n_window) }
+    }
+
+    /// What llama.cpp's scheduler asks of an eval callback: with `ask`, whether the tensor is of interest; without, it has just
+    /// been computed, and the answer is whether to go on.
+    ///
+    /// # Safety
+    /// `t` is a live tensor of the graph that is being computed, and without `ask` its data are there.
+    pub unsafe fn on_eval(&mut self, t: *const sys::ggml_tensor, ask: bool) -> bool {
+        // SAFETY: live by contract.
+        let Some(t) = (unsafe { t.as_ref() }) else { return true };
+        if t.op == sys::GGML_OP_ROPE && ask && !self.ended {
+            // op_params of the op: mode at 2; base and factor of the frequency at 5 and 6
+            let float = |i: usize| f32::from_bits(t.op_params[i] as u32);
+            self.rope = Some(Rope { kind: t.op_params[2], freq_base: float(5), freq_scale: float(6) });
+        }
+        let begins = self.follow.is_some() && is_token_lookup(t);
+        if self.ended || !(begins || t.op == sys::GGML_OP_FLASH_ATTN_EXT) {
+            return !ask;
+        }
+        if !ask {
+            match api() {
+                // SAFETY: the op has just been computed, so it and its sources hold their values.
+                Ok(api) => unsafe {
+                    if begins {
+                        self.follow(t, api);
+                    } else {
+                        self.see(t, api);
+                    }
+                },
+                Err(error) => {
+                    self.problem = Some(error);
+                    self.ended = true;
+                }
+            }
+        }
+        true
+    }
+
+    /// Learns from the look-up of token embeddings which tokens the graph has.
+    unsafe fn follow(&mut self, lookup: &sys::ggml_tensor, api: &Api) {
+        let Some(follow) = &mut self.follow else { return };
+        if follow.table == 0 {
+            follow.table = lookup.src[0] as usize;
+        }
+        if follow.table != lookup.src[0] as usize {
+            return;
+        }
+        if std::mem::take(&mut follow.attended) {
+            follow.done = self.first + self.n;
+        }
+        if follow.done >= self.n_prefix {
+            self.ended = true;
+            return;
+        }
+        // SAFETY: the numbers that were looked up, an I32 vector.
+        let bytes = unsafe { bytes_of(&*lookup.src[1], api) };
+        let ids: Vec<i32> = bytes.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        let fits = |from: usize| follow.tokens[from..].iter().zip(&ids).all(|(a, b)| a == b);
+        let (first, n) = match (fits(follow.done), fits(0)) {
+            (true, _) => (follow.done, ids.len()),
+            (false, true) => (0, ids.len()),
+            (false, false) => (follow.done, 0),
+        };
+        if first == 0 {
+            self.layers.clear();
+            follow.done = 0;
+        }
+        self.begin(first, n);
+    }
+
+    /// Prefix tokens that were seen, in order, from the first on.
+    fn n_seen(&self) -> usize {
+        (self.first + self.n).min(self.n_prefix)
     }
 
     /// From here on graphs run as without a capture; what was seen is kept.
@@ -141,7 +274,7 @@ impl Capture {
     }
 
     /// Checks a mask `[n_kv, >= n]`: row t must show exactly the cells 0..=first + t, so that cell = token.
-    unsafe fn check_mask(&mut self, mask: *const sys::ggml_tensor) -> Option<String> {
+    unsafe fn check_mask(&mut self, mask: *const sys::ggml_tensor, api: &Api) -> Option<String> {
         if mask.is_null() {
             return Some("no mask".into());
         }
@@ -149,7 +282,7 @@ impl Capture {
             return known.clone();
         }
         // SAFETY: the caller has just seen the op that reads it.
-        let (m, bytes) = unsafe { (&*mask, bytes_of(&*mask)) };
+        let (m, bytes) = unsafe { (&*mask, bytes_of(&*mask, api)) };
         let verdict =
             if m.type_ != sys::GGML_TYPE_F16 || m.ne[1] < self.n as i64 || m.nb[0] != 2 || m.ne[2] * m.ne[3] != 1 {
                 Some("a mask of unknown form".to_string())
@@ -168,25 +301,32 @@ impl Capture {
         verdict
     }
 
-    unsafe fn see(&mut self, op: &sys::ggml_tensor) {
+    unsafe fn see(&mut self, op: &sys::ggml_tensor, api: &Api) {
         self.n_op += 1;
+        if let Some(follow) = &mut self.follow {
+            if self.n == 0 {
+                return;
+            }
+            follow.attended = true;
+        }
         // SAFETY: FLASH_ATTN_EXT always has Q, K and V.
         let (q, k, v) = unsafe { (&*op.src[0], &*op.src[1], &*op.src[2]) };
         // SAFETY: live tensors.
         let ((k_root, k_name), (v_root, v_name)) = unsafe { (root_of(k), root_of(v)) };
         let Some(number) = k_name.strip_prefix("cache_k_l").and_then(|n| n.parse::<u32>().ok()) else { return };
         // SAFETY: the mask is a source of the op.
-        let mask_problem = unsafe { self.check_mask(op.src[3]) };
+        let mask_problem = unsafe { self.check_mask(op.src[3], api) };
         let param = |i: usize| f32::from_bits(op.op_params[i] as u32);
         let (k_type, v_type) = (element_of(k.type_), element_of(v.type_));
         let (dims, n_head) = ((q.ne[0] as usize, v.ne[0] as usize), q.ne[2] as usize);
-        let (n_prefix, n_window) = (self.n_prefix, self.n_window);
+        let (n_prefix, n_window, rope) = (self.n_prefix, self.n_window, self.rope);
         let layer = self.layers.entry(number).or_insert_with(|| Layer {
             k: rows(k_root, k, k_type),
             v: rows(v_root, v, v_type),
             n_head,
             scale: param(0),
             softcap: param(2),
+            rope,
             sinks: Vec::new(),
             q: vec![0.0; n_window * n_head * dims.0],
             last_output: Vec::new(),
@@ -215,7 +355,7 @@ impl Capture {
             return;
         }
         // SAFETY: Q, the attention sinks and the output are live F32 tensors.
-        let (q_bytes, out) = unsafe { (bytes_of(q), bytes_of(op)) };
+        let (q_bytes, out) = unsafe { (bytes_of(q, api), bytes_of(op, api)) };
         for t in 0..self.n {
             let token = self.first + t;
             if token < window || token >= n_prefix {
@@ -232,7 +372,7 @@ impl Capture {
                 layer.last_output = (0..n_head * dims.1).map(|i| at(i / dims.1, i % dims.1)).collect();
                 if !op.src[4].is_null() {
                     // SAFETY: as above.
-                    let sinks = unsafe { bytes_of(&*op.src[4]) };
+                    let sinks = unsafe { bytes_of(&*op.src[4], api) };
                     layer.sinks = (0..n_head).map(|h| f32_at(&sinks, h * 4)).collect();
                 }
             }
@@ -242,24 +382,25 @@ impl Capture {
     /// After the prefix: numbers of the layers that can be indexed, and the others with the reason.
     ///
     /// # Errors
-    /// No attention op was seen at all, or none reads a cache, or no layer is left.
-    pub fn finish(&self) -> Result<(Vec<u32>, DenseLayers)> {
+    /// No attention op was seen at all, or none reads a cache, or no layer is left, or (where graphs are followed) not all of
+    /// the prefix was seen.
+    pub fn finish(&self) -> Result<(Vec<u32>, DenseLayers), CaptureError> {
+        if let Some(problem) = &self.problem {
+            return Err(problem.clone());
+        }
         if self.n_op == 0 {
-            bail!(
-                "flash attention is off or not supported by this model: no FLASH_ATTN_EXT op ran, and there is nothing to \
-                 make faster. Use -fa on (or auto); a model that llama.cpp runs without flash attention cannot be indexed"
-            );
+            return Err(CaptureError::NoFlashAttention);
+        }
+        if self.follow.is_some() && self.n_seen() < self.n_prefix {
+            return Err(CaptureError::Unseen { seen: self.n_seen(), n_prefix: self.n_prefix });
         }
         let dense: DenseLayers = self.layers.iter().filter_map(|(n, l)| l.dense.clone().map(|why| (*n, why))).collect();
         let good: Vec<u32> = self.layers.iter().filter(|(_, l)| l.dense.is_none()).map(|(n, _)| *n).collect();
         if good.is_empty() {
-            match dense.first() {
-                Some((n, why)) => bail!("no layer of this model can be indexed; layer {n}: {why}"),
-                None => bail!(
-                    "no attention op of this model reads a KV cache (a recurrent or encoder model, or a cache of type f32, which \
-                     llama.cpp turns to F16 in every graph: use f16)"
-                ),
-            }
+            return Err(match dense.into_iter().next() {
+                Some((layer, why)) => CaptureError::NoLayer { layer, why },
+                None => CaptureError::NoCache,
+            });
         }
         Ok((good, dense))
     }
@@ -267,12 +408,13 @@ impl Capture {
     /// Reads K and V of an indexable layer out of the cache (the context must be alive) and checks them: attention of the
     /// last token over them must give what the op gave. The relative error comes back too.
     pub fn read(&self, number: u32) -> Result<(LayerCapture, f32), String> {
-        let layer = &self.layers[&number];
+        let api = api().map_err(|e| e.to_string())?;
+        let layer = self.layers.get(&number).ok_or("it was not seen")?;
         let blocks = cache_blocks(layer.k.head_dim as u32, layer.v.head_dim as u32);
         let block = |element, block: u32| if is_quantised(element) { block as usize } else { 0 };
         let (k_block, v_block) = (block(layer.k.element, blocks.0), block(layer.v.element, blocks.1));
         // SAFETY: the cache belongs to the context, which owns this capture and is idle.
-        let (k, v) = unsafe { (self.read_rows(&layer.k, k_block), self.read_rows(&layer.v, v_block)) };
+        let (k, v) = unsafe { (self.read_rows(&layer.k, k_block, api), self.read_rows(&layer.v, v_block, api)) };
         // llama.cpp turns queries as it turns keys, and turns the output back behind the op
         let (mut q, mut last_output) = (layer.q.clone(), layer.last_output.clone());
         rotate(&mut q, k_block);
@@ -304,18 +446,23 @@ impl Capture {
         }
     }
 
+    /// RoPE of a layer's keys, and the types of its K and V cache.
+    pub fn settings(&self, number: u32) -> Option<(Option<Rope>, [Element; 2])> {
+        self.layers.get(&number).map(|l| (l.rope, [l.k.element, l.v.element]))
+    }
+
     /// Where an indexable layer's F16 K and V are, prefix token t in cell t, if not in memory of the host.
     pub fn device_rows(&self, number: u32) -> Option<[Array; 2]> {
-        let layer = self.layers.get(&number)?;
-        // SAFETY: the cache's tensors belong to the context, which owns this capture.
-        unsafe { Some([self.device_array(&layer.k)?, self.device_array(&layer.v)?]) }
+        let (api, layer) = (api().ok()?, self.layers.get(&number)?);
+        // SAFETY: the cache's tensors belong to the context, which is alive.
+        unsafe { Some([self.device_array(&layer.k, api)?, self.device_array(&layer.v, api)?]) }
     }
 
     /// # Safety
     /// The cache is alive.
-    unsafe fn device_array(&self, r: &Rows) -> Option<Array> {
+    unsafe fn device_array(&self, r: &Rows, api: &Api) -> Option<Array> {
         // SAFETY: by contract; an allocated tensor has a buffer.
-        let (root, is_host) = unsafe { (&*r.root, sys::ggml_backend_buffer_is_host((*r.root).buffer)) };
+        let (root, is_host) = unsafe { (&*r.root, (api.ggml_backend_buffer_is_host)((*r.root).buffer)) };
         (!is_host && r.element == Element::F16).then(|| Array {
             data: root.data.cast::<u8>().wrapping_add(r.offset),
             ne: [r.head_dim, self.n_prefix, r.n_head, 1],
@@ -324,12 +471,12 @@ impl Capture {
     }
 
     /// `[P][n_head][head_dim]`, in the plain basis: `block` is that of the rows.
-    unsafe fn read_rows(&self, r: &Rows, block: usize) -> Vec<f16> {
+    unsafe fn read_rows(&self, r: &Rows, block: usize, api: &Api) -> Vec<f16> {
         let mut bytes = vec![0u8; self.n_prefix * r.cell_bytes];
         let size = r.element.row_bytes(r.head_dim);
         let last = (self.n_prefix - 1) * r.cell_bytes + (r.n_head - 1) * r.head_bytes + size;
         // SAFETY: cells 0..P of the view that the op used; `last` bytes are no more than the tensor has from there.
-        unsafe { sys::ggml_backend_tensor_get(r.root, bytes.as_mut_ptr().cast(), r.offset, last) };
+        unsafe { (api.ggml_backend_tensor_get)(r.root, bytes.as_mut_ptr().cast(), r.offset, last) };
         let mut out = Vec::with_capacity(self.n_prefix * r.n_head * r.head_dim);
         let mut plain = vec![0.0; r.head_dim];
         for cell in 0..self.n_prefix {
@@ -399,5 +546,7 @@ mod tests {
     fn nothing_captured_is_an_error_that_names_the_remedy() {
         let error = Capture::new(1000, 100).finish().unwrap_err().to_string();
         assert!(error.contains("-fa on"), "{error}");
+        let error = Capture::following(vec![1; 1000], 100).finish().unwrap_err();
+        assert_eq!(error, CaptureError::NoFlashAttention);
     }
 }
