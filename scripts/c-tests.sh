@@ -41,7 +41,12 @@ llama=(-I"$src/include" -I"$src/ggml/include" -I"$root/include" -L"$built/lib" -
 "${CXX:-c++}" -std=c++17 -Wall -Wextra -Werror -O2 "$root/examples/cpp/llama_host.cpp" -o "$tmp/llama_host" "${llama[@]}" \
     "${libs[@]}" -lllama -lggml -lggml-base
 head -c 6000 "$root/docs/server.md" > "$tmp/text.txt"
-"$tmp/llama_host" "$models/smollm2-135m.gguf" "$tmp/text.txt" $'\nIn one sentence, this text is about' "$built/build/bin" 2> "$tmp/log" || {
+"$tmp/llama_host" "$models/smollm2-135m.gguf" "$tmp/text.txt" $'\nIn one sentence, this text is about' "$tmp/kept.sqz.gguf" \
+    "$built/build/bin" 2> "$tmp/log" || {
     tail -n 20 "$tmp/log" >&2
     fail "the llama.cpp host failed"
+}
+"$release/sqz" inspect "$tmp/kept.sqz.gguf" --verify -m "$models/smollm2-135m.gguf" > "$tmp/log" 2>&1 || {
+    cat "$tmp/log" >&2
+    fail "the index of the llama.cpp host does not fit its model"
 }

@@ -1,8 +1,9 @@
 // A llama.cpp host of its own that captures a prompt, builds its index, attaches it and answers a question, all in one process.
 //
-//     llama_host MODEL.gguf TEXT.txt QUESTION [BACKENDS]
+//     llama_host MODEL.gguf TEXT.txt QUESTION INDEX.sqz.gguf [BACKENDS]
 //
-// BACKENDS is the folder of ggml's backends, where they are libraries of their own (GGML_BACKEND_DL).
+// The index is kept in a file too. BACKENDS is the folder of ggml's backends, where they are libraries of their own
+// (GGML_BACKEND_DL).
 #include "ggml-backend.h"
 #include "llama.h"
 #include "squeeze.h"
@@ -41,7 +42,7 @@ static bool decode(llama_context * context, std::vector<llama_token> & tokens) {
     return true;
 }
 
-static int run(const char * model_path, const std::string & text, const std::string & question) {
+static int run(const char * model_path, const std::string & text, const std::string & question, const char * kept) {
     llama_model_params model_params = llama_model_default_params();
     model_params.n_gpu_layers = 0;
     llama_model * model = llama_model_load_from_file(model_path, model_params);
@@ -68,7 +69,7 @@ static int run(const char * model_path, const std::string & text, const std::str
         return 1;
     }
 
-    // 2. Its index: kept in a file by sqz_index_write, or used at once.
+    // 2. Its index, kept for other programs and used at once.
     sqz_index * index = nullptr;
     if (!ok(sqz_builder_build(builder, &index), "sqz_builder_build") || !ok(sqz_builder_free(builder), "sqz_builder_free")) {
         return 1;
@@ -76,7 +77,7 @@ static int run(const char * model_path, const std::string & text, const std::str
     sqz_index_info info;
     info.size = sizeof info;
     if (!ok(sqz_index_get_info(index, &info), "sqz_index_get_info") ||
-        !ok(sqz_index_verify(index, model_path), "sqz_index_verify")) {
+        !ok(sqz_index_verify(index, model_path), "sqz_index_verify") || !ok(sqz_index_write(index, kept), "sqz_index_write")) {
         return 1;
     }
     printf("%u tokens, %u of %u layers indexed, %.1f MiB\n", info.n_prefix, info.n_layer_indexed, info.n_layer,
@@ -123,14 +124,14 @@ static int run(const char * model_path, const std::string & text, const std::str
 }
 
 int main(int argc, char ** argv) {
-    if (argc < 4) {
-        fprintf(stderr, "usage: %s MODEL.gguf TEXT.txt QUESTION [BACKENDS]\n", argv[0]);
+    if (argc < 5) {
+        fprintf(stderr, "usage: %s MODEL.gguf TEXT.txt QUESTION INDEX.sqz.gguf [BACKENDS]\n", argv[0]);
         return 2;
     }
     std::ifstream file(argv[2], std::ios::binary);
     const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-    if (argc > 4) {
-        ggml_backend_load_all_from_path(argv[4]);
+    if (argc > 5) {
+        ggml_backend_load_all_from_path(argv[5]);
     } else {
         ggml_backend_load_all();
     }
@@ -139,7 +140,7 @@ int main(int argc, char ** argv) {
         return 1;
     }
     llama_backend_init();
-    const int status = run(argv[1], text, argv[3]);
+    const int status = run(argv[1], text, argv[3], argv[4]);
     llama_backend_free();
     return status;
 }
