@@ -36,6 +36,7 @@ test: setup
 	$(MAKE) plugin
 	scripts/kernels.sh
 	cargo test --release --workspace
+	scripts/c-tests.sh
 	scripts/conformance.sh
 
 demo: setup plugin

@@ -50,3 +50,10 @@ head -c 6000 "$root/docs/server.md" > "$tmp/text.txt"
     cat "$tmp/log" >&2
     fail "the index of the llama.cpp host does not fit its model"
 }
+
+"${CC:-cc}" -std=c99 -Wall -Wextra -Werror "$root/tests/c/private_host.c" -o "$tmp/private_host" -ldl
+LD_LIBRARY_PATH=$built/lib "$tmp/private_host" "$built/lib/libllama.so" "$built/build/bin" "$release/libggml-squeeze.so" 2> "$tmp/log" || {
+    cat "$tmp/log" >&2
+    fail "the plugin does not find a ggml that its host loaded for itself alone"
+}
+echo "a ggml loaded for its host alone is found"

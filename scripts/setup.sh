@@ -22,6 +22,7 @@ need pkg-config pkg-config
 need unzip unzip
 need git git
 need python3 python3
+need valgrind valgrind
 python3 -m pip --version > /dev/null 2>&1 || missing+=(python3-pip)
 has_libclang || missing+=(libclang-14-dev)
 [[ -f /etc/ssl/certs/ca-certificates.crt ]] || missing+=(ca-certificates)
