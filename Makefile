@@ -10,7 +10,7 @@ ifneq ($(and $(if $(CUDA_HOME),,unset),$(wildcard $(CUDA_DIR)/bin/nvcc)),)
 export CUDA_HOME := $(CUDA_DIR)
 endif
 
-.PHONY: build plugin release test demo lint deny setup llama models clean
+.PHONY: build plugin release test demo lint deny setup llama models bindings clean
 
 build: plugin
 
@@ -54,6 +54,10 @@ deny:
 
 setup:
 	scripts/setup.sh
+
+# For another llama.cpp than the pinned one: make bindings LLAMA_CPP_DIR=...
+bindings: setup
+	scripts/other-llama.sh "$(LLAMA_CPP_DIR)"
 
 llama:
 	scripts/llama.sh

@@ -5,8 +5,7 @@ use std::mem::size_of;
 
 use crate::*;
 
-/// Series of `ggml_version()` that the bindings were made from.
-const VERSION: &str = "0.26";
+const VERSION: &str = GGML_SERIES;
 /// `sizeof(struct ggml_object)`, private to ggml.c: part of what `ggml_tensor_overhead()` returns.
 const OBJECT_SIZE: usize = 32;
 /// Operations that the plugin tells apart by number, with ggml's name for each.
