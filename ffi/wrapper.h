@@ -19,3 +19,7 @@ FUNCTION(const char *, ggml_backend_dev_name, ggml_backend_dev_t);
 FUNCTION(enum ggml_backend_dev_type, ggml_backend_dev_type, ggml_backend_dev_t);
 FUNCTION(bool, ggml_backend_buffer_is_host, ggml_backend_buffer_t);
 FUNCTION(void, ggml_backend_tensor_get, const struct ggml_tensor *, void *, size_t, size_t);
+FUNCTION(struct ggml_tensor *, ggml_custom_4d, struct ggml_context *, enum ggml_type, int64_t, int64_t, int64_t, int64_t,
+         struct ggml_tensor **, int, ggml_custom_op_t, int, void *);
+FUNCTION(struct ggml_tensor *, ggml_flash_attn_ext, struct ggml_context *, struct ggml_tensor *, struct ggml_tensor *,
+         struct ggml_tensor *, struct ggml_tensor *, float, float, float);

@@ -32,9 +32,9 @@ types+='|ggml_backend_set_(n_threads|abort_callback)_t'
     --raw-line "/// Series of \`ggml_version()\` that they are of." --raw-line "pub const GGML_SERIES: &str = \"$series\";" \
     --disable-header-comment --opaque-type 'ggml_(backend_event|context|threadpool)' -- "${include[@]}"
 
-# Every field of every structure in the bindings, in the words of C.
+# Every field of every structure in the bindings that ggml's headers define, in the words of C.
 awk '
-    /^pub struct / { name = $3 }
+    /^pub struct / { name = $3 == "ggml_context" ? "" : $3 }
     /^}/ { name = "" }
     name ~ /^ggml_/ && /^pub struct / && /\{$/ { printf "    RECORD(%s)\n", name }
     name ~ /^ggml_/ && /^    pub [a-z_0-9]+:/ && !/ _(address|unused|bindgen)/ {

@@ -14,6 +14,11 @@ pub const GGML_STATUS_FAILED: ggml_status = -1;
 pub const GGML_STATUS_SUCCESS: ggml_status = 0;
 pub const GGML_STATUS_ABORTED: ggml_status = 1;
 pub type ggml_status = ::std::os::raw::c_int;
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct ggml_context {
+    _unused: [u8; 0],
+}
 pub const GGML_TYPE_F32: ggml_type = 0;
 pub const GGML_TYPE_F16: ggml_type = 1;
 pub const GGML_TYPE_Q4_0: ggml_type = 2;
@@ -849,4 +854,31 @@ pub type ggml_backend_buffer_is_host_fn =
     ::std::option::Option<unsafe extern "C" fn(arg1: ggml_backend_buffer_t) -> bool>;
 pub type ggml_backend_tensor_get_fn = ::std::option::Option<
     unsafe extern "C" fn(arg1: *const ggml_tensor, arg2: *mut ::std::os::raw::c_void, arg3: usize, arg4: usize),
+>;
+pub type ggml_custom_4d_fn = ::std::option::Option<
+    unsafe extern "C" fn(
+        arg1: *mut ggml_context,
+        arg2: ggml_type,
+        arg3: i64,
+        arg4: i64,
+        arg5: i64,
+        arg6: i64,
+        arg7: *mut *mut ggml_tensor,
+        arg8: ::std::os::raw::c_int,
+        arg9: ggml_custom_op_t,
+        arg10: ::std::os::raw::c_int,
+        arg11: *mut ::std::os::raw::c_void,
+    ) -> *mut ggml_tensor,
+>;
+pub type ggml_flash_attn_ext_fn = ::std::option::Option<
+    unsafe extern "C" fn(
+        arg1: *mut ggml_context,
+        arg2: *mut ggml_tensor,
+        arg3: *mut ggml_tensor,
+        arg4: *mut ggml_tensor,
+        arg5: *mut ggml_tensor,
+        arg6: f32,
+        arg7: f32,
+        arg8: f32,
+    ) -> *mut ggml_tensor,
 >;
