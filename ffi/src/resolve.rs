@@ -27,18 +27,23 @@ const OPS: [(ggml_op, &CStr); 11] = [
 type Scope<'a> = &'a dyn Fn(&CStr) -> *mut c_void;
 
 macro_rules! api {
-    ($($(#[$doc:meta])* $name:ident: $kind:ident = fn($($arg:ty),*) $(-> $ret:ty)?;)*) => {
+    (
+        $($(#[$doc:meta])* $name:ident: $kind:ident = fn($($arg:ty),*) $(-> $ret:ty)?;)*
+        optional: $($(#[$optional_doc:meta])* $optional:ident: $optional_kind:ident;)*
+    ) => {
         /// Functions of the host's ggml, all out of one copy of it. Field names are ggml's.
         #[derive(Clone, Copy, Debug)]
         pub struct Api {
             $($(#[$doc])* pub $name: unsafe extern "C" fn($($arg),*) $(-> $ret)?,)*
+            $($(#[$optional_doc])* pub $optional: $optional_kind,)*
         }
 
         // The header's type of each function, as bindgen read it, is the type of the field.
         $(const _: fn(unsafe extern "C" fn($($arg),*) $(-> $ret)?) -> $kind = |f| Some(f);)*
 
         impl Api {
-            /// Looks every function up in one scope; an error is the number of missing ones and the first of their names.
+            /// Looks every function up in one scope; an error is the number of missing ones, the optional ones aside, and the
+            /// first of their names.
             fn from_scope(scope: Scope) -> Result<Api, (usize, &'static str)> {
                 let mut missing = Vec::new();
                 $(let $name = scope(const { as_c_str(concat!(stringify!($name), "\0")) });
@@ -52,6 +57,12 @@ macro_rules! api {
                         // against the header; that the host's header was the same is what `check` is for).
                         $($name: unsafe {
                             std::mem::transmute::<*mut c_void, unsafe extern "C" fn($($arg),*) $(-> $ret)?>($name)
+                        },)*
+                        // SAFETY: as above, or null, which is `None`.
+                        $($optional: unsafe {
+                            std::mem::transmute::<*mut c_void, $optional_kind>(
+                                scope(const { as_c_str(concat!(stringify!($optional), "\0")) }),
+                            )
                         },)*
                     }),
                 }
@@ -82,6 +93,11 @@ api! {
     ggml_backend_buffer_is_host: ggml_backend_buffer_is_host_fn = fn(ggml_backend_buffer_t) -> bool;
     /// Tensor, destination, offset into the tensor and size in bytes; waits for the copy.
     ggml_backend_tensor_get: ggml_backend_tensor_get_fn = fn(*const ggml_tensor, *mut c_void, usize, usize);
+    optional:
+    /// Context, type, 4 extents, sources and their number, callback, number of tasks, user data.
+    ggml_custom_4d: ggml_custom_4d_fn;
+    /// Context, q, k, v, mask or null, scale, max_bias, logit_softcap.
+    ggml_flash_attn_ext: ggml_flash_attn_ext_fn;
 }
 
 impl Api {
@@ -242,7 +258,8 @@ mod tests {
         };
         assert_eq!(lacks(c"ggml_backend_dev_get").err(), Some((1, "ggml_backend_dev_get")));
         assert_eq!(lacks(c"ggml_version").err(), Some((1, "ggml_version")));
-        assert!(lacks(c"ggml_other").is_ok());
+        assert!(lacks(c"ggml_custom_4d").is_ok_and(|api| api.ggml_custom_4d.is_none()), "it is optional");
+        assert!(lacks(c"ggml_other").is_ok_and(|api| api.ggml_custom_4d.is_some()));
     }
 
     #[test]
