@@ -28,8 +28,8 @@ type Scope<'a> = &'a dyn Fn(&CStr) -> *mut c_void;
 
 macro_rules! api {
     (
-        $($(#[$doc:meta])* $name:ident: $kind:ident = fn($($arg:ty),*) $(-> $ret:ty)?;)*
-        optional: $($(#[$optional_doc:meta])* $optional:ident: $optional_kind:ident;)*
+        required { $($(#[$doc:meta])* $name:ident: $kind:ident = fn($($arg:ty),*) $(-> $ret:ty)?;)* }
+        optional { $($(#[$optional_doc:meta])* $optional:ident: $optional_kind:ident;)* }
     ) => {
         /// Functions of the host's ggml, all out of one copy of it. Field names are ggml's.
         #[derive(Clone, Copy, Debug)]
@@ -79,25 +79,28 @@ const fn as_c_str(text: &'static str) -> &'static CStr {
 }
 
 api! {
-    ggml_version: ggml_version_fn = fn() -> *const c_char;
-    /// The operation must be below `GGML_OP_COUNT`.
-    ggml_op_name: ggml_op_name_fn = fn(ggml_op) -> *const c_char;
-    /// Bytes of one block of the type.
-    ggml_type_size: ggml_type_size_fn = fn(ggml_type) -> usize;
-    ggml_tensor_overhead: ggml_tensor_overhead_fn = fn() -> usize;
-    ggml_backend_dev_count: ggml_backend_dev_count_fn = fn() -> usize;
-    /// The index must be below `ggml_backend_dev_count()`.
-    ggml_backend_dev_get: ggml_backend_dev_get_fn = fn(usize) -> ggml_backend_dev_t;
-    ggml_backend_dev_name: ggml_backend_dev_name_fn = fn(ggml_backend_dev_t) -> *const c_char;
-    ggml_backend_dev_type: ggml_backend_dev_type_fn = fn(ggml_backend_dev_t) -> ggml_backend_dev_type;
-    ggml_backend_buffer_is_host: ggml_backend_buffer_is_host_fn = fn(ggml_backend_buffer_t) -> bool;
-    /// Tensor, destination, offset into the tensor and size in bytes; waits for the copy.
-    ggml_backend_tensor_get: ggml_backend_tensor_get_fn = fn(*const ggml_tensor, *mut c_void, usize, usize);
-    optional:
-    /// Context, type, 4 extents, sources and their number, callback, number of tasks, user data.
-    ggml_custom_4d: ggml_custom_4d_fn;
-    /// Context, q, k, v, mask or null, scale, max_bias, logit_softcap.
-    ggml_flash_attn_ext: ggml_flash_attn_ext_fn;
+    required {
+        ggml_version: ggml_version_fn = fn() -> *const c_char;
+        /// The operation must be below `GGML_OP_COUNT`.
+        ggml_op_name: ggml_op_name_fn = fn(ggml_op) -> *const c_char;
+        /// Bytes of one block of the type.
+        ggml_type_size: ggml_type_size_fn = fn(ggml_type) -> usize;
+        ggml_tensor_overhead: ggml_tensor_overhead_fn = fn() -> usize;
+        ggml_backend_dev_count: ggml_backend_dev_count_fn = fn() -> usize;
+        /// The index must be below `ggml_backend_dev_count()`.
+        ggml_backend_dev_get: ggml_backend_dev_get_fn = fn(usize) -> ggml_backend_dev_t;
+        ggml_backend_dev_name: ggml_backend_dev_name_fn = fn(ggml_backend_dev_t) -> *const c_char;
+        ggml_backend_dev_type: ggml_backend_dev_type_fn = fn(ggml_backend_dev_t) -> ggml_backend_dev_type;
+        ggml_backend_buffer_is_host: ggml_backend_buffer_is_host_fn = fn(ggml_backend_buffer_t) -> bool;
+        /// Tensor, destination, offset into the tensor and size in bytes; waits for the copy.
+        ggml_backend_tensor_get: ggml_backend_tensor_get_fn = fn(*const ggml_tensor, *mut c_void, usize, usize);
+    }
+    optional {
+        /// Context, type, 4 extents, sources and their number, callback, number of tasks, user data.
+        ggml_custom_4d: ggml_custom_4d_fn;
+        /// Context, q, k, v, mask or null, scale, max_bias, logit_softcap.
+        ggml_flash_attn_ext: ggml_flash_attn_ext_fn;
+    }
 }
 
 impl Api {

@@ -159,12 +159,12 @@ impl Rewrite {
 }
 
 /// Does a mask of 0 show a cell?
-fn shown(bits: u16) -> bool {
+pub fn shown(bits: u16) -> bool {
     bits & 0x7fff == 0
 }
 
 /// Runs of rows of one sequence, cut into tiles of at most `tile` rows. `seen` gives a row's mask.
-fn tiles<'a>(rows: &[Row], n_query: usize, tile: usize, seen: impl Fn(usize) -> &'a [u16]) -> Vec<Range<usize>> {
+pub fn tiles<'a>(rows: &[Row], n_query: usize, tile: usize, seen: impl Fn(usize) -> &'a [u16]) -> Vec<Range<usize>> {
     let mut tiles = Vec::new();
     if tile < 2 {
         return tiles;

@@ -7,6 +7,7 @@ mod cuda;
 mod graph;
 mod hook;
 mod layers;
+mod op;
 mod plugin;
 mod rows;
 mod runtime;
@@ -15,6 +16,7 @@ mod status;
 mod tensor;
 
 pub use capture::{Capture, CaptureError, DenseLayers};
+pub use op::{attn_ext, OpContext, OpOptions, Source};
 pub use plugin::{register, registry};
 pub use rows::{is_quantised, Row};
 pub use runtime::{attach, configure, current, detach, enter, set_current, set_indexes, Entered, Scope};

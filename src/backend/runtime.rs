@@ -106,7 +106,7 @@ fn mass_target(meta: &IndexMeta, mass: f32) -> f32 {
     1.0 - (-y).exp()
 }
 
-fn selection(config: &Config, meta: &IndexMeta) -> Selection {
+pub fn selection(config: &Config, meta: &IndexMeta) -> Selection {
     let mode = match config.mode {
         ModeSetting::Budget(b) => Mode::Budget(b),
         ModeSetting::Mass(m) => Mode::Mass(mass_target(meta, m)),

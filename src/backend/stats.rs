@@ -25,6 +25,10 @@ pub enum Reason {
     Mask,
     /// No row sees the whole prefix of an index.
     Unbound,
+    /// K or V does not hold the prefix where the attention op of a host's own graph wants it.
+    Stale,
+    /// The prefix is shorter than sparse attention is worth.
+    Short,
     /// More query rows than the CUDA kernels take.
     Prefill,
     /// Head size or strides that our kernels do not take.
@@ -42,6 +46,8 @@ impl Reason {
             Reason::Shape => "shape",
             Reason::Mask => "mask",
             Reason::Unbound => "unbound",
+            Reason::Stale => "stale",
+            Reason::Short => "short prefix",
             Reason::Prefill => "prefill",
             Reason::Kernel => "kernel",
         }

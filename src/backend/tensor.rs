@@ -175,31 +175,57 @@ fn half_rows(root: Tensor, stream: usize) -> Option<Rows> {
     Some(Rows { data, stride: nb[1], len: ne[0], element, compact: false })
 }
 
+/// Tensors of an attention call.
+#[derive(Clone, Copy)]
+pub struct Inputs {
+    pub q: Tensor,
+    pub k: Tensor,
+    pub v: Tensor,
+    pub mask: Option<Tensor>,
+    pub sinks: Option<Tensor>,
+}
+
+impl Inputs {
+    /// Sources of an attention node, in ggml's order.
+    pub fn of(node: Tensor) -> Option<Inputs> {
+        let (q, k, v) = (node.src(0)?, node.src(1)?, node.src(2)?);
+        Some(Inputs { q, k, v, mask: node.src(3), sinks: node.src(4) })
+    }
+
+    /// The call, with its numbers (scale, max_bias, softcap) as ggml's op has them. The tensors need no data yet.
+    pub fn problem(self, dst: Array, [scale, max_bias, softcap]: [f32; 3]) -> Result<Problem, Reason> {
+        let Inputs { q, k, v, mask, sinks } = self;
+        let (Some(k_type), Some(v_type)) = (k.element(), v.element()) else { return Err(Reason::Type) };
+        let plain_sinks = sinks.is_none_or(|s| s.is_f32() && s.raw().nb[0] == 4);
+        if !(q.is_f32() && mask.is_none_or(|m| m.is_f16()) && plain_sinks) {
+            return Err(Reason::Type);
+        }
+        Ok(Problem {
+            q: q.array(),
+            k: k.array(),
+            v: v.array(),
+            k_type,
+            v_type,
+            mask: mask.map(|m| m.array()),
+            sinks: sinks.map(|s| s.raw().data.cast::<f32>() as *const f32),
+            dst,
+            scale: if softcap == 0.0 { scale } else { scale / softcap },
+            max_bias,
+            softcap,
+        })
+    }
+
+    pub fn have_data(self) -> bool {
+        [Some(self.q), Some(self.k), Some(self.v), self.mask, self.sinks].iter().flatten().all(Tensor::has_data)
+    }
+}
+
 /// The call that a FLASH_ATTN_EXT node describes.
 pub fn problem(node: Tensor) -> Result<Problem, Reason> {
-    let (Some(q), Some(k), Some(v)) = (node.src(0), node.src(1), node.src(2)) else { return Err(Reason::Shape) };
-    let (mask, sinks) = (node.src(3), node.src(4));
-    let (Some(k_type), Some(v_type)) = (k.element(), v.element()) else { return Err(Reason::Type) };
-    let typed = q.is_f32() && node.is_f32() && mask.is_none_or(|m| m.is_f16());
-    let plain_sinks = sinks.is_none_or(|s| s.is_f32() && s.raw().nb[0] == 4);
-    let present = [Some(q), Some(k), Some(v), Some(node), mask, sinks].iter().flatten().all(Tensor::has_data);
-    if !(typed && plain_sinks && present) {
+    let inputs = Inputs::of(node).ok_or(Reason::Shape)?;
+    if !(node.is_f32() && node.has_data() && inputs.have_data()) {
         return Err(Reason::Type);
     }
     // op_params of the op: scale, max_bias, logit_softcap as f32
-    let parameter = |i: usize| f32::from_bits(node.raw().op_params[i] as u32);
-    let (scale, max_bias, softcap) = (parameter(0), parameter(1), parameter(2));
-    Ok(Problem {
-        q: q.array(),
-        k: k.array(),
-        v: v.array(),
-        k_type,
-        v_type,
-        mask: mask.map(|m| m.array()),
-        sinks: sinks.map(|s| s.raw().data.cast::<f32>() as *const f32),
-        dst: node.array(),
-        scale: if softcap == 0.0 { scale } else { scale / softcap },
-        max_bias,
-        softcap,
-    })
+    inputs.problem(node.array(), [0, 1, 2].map(|i| f32::from_bits(node.raw().op_params[i] as u32)))
 }

@@ -1,11 +1,12 @@
 //! Whether the kernels can run a call; what they rely on is checked here, once per plan.
 
 use super::{Unsupported, HEAD_DIM_MAX, HEAD_DIM_MIN, HEAD_DIM_STEP};
-use crate::attention::{Array, Call, Row};
+use crate::attention::{Array, Call, Problem, Row};
 use crate::hadamard;
+use crate::index::LayerShape;
 
-pub(super) fn check(call: &Call) -> Result<(), Unsupported> {
-    let p = &call.problem;
+/// Can the kernels compute this, if every row is dense?
+pub fn check_problem(p: &Problem) -> Result<(), Unsupported> {
     for (what, size) in [("key", p.q.ne[0]), ("value", p.v.ne[0])] {
         if !(HEAD_DIM_MIN..=HEAD_DIM_MAX).contains(&size) || size % HEAD_DIM_STEP != 0 {
             return Err(Unsupported::HeadDim { what, size });
@@ -45,6 +46,27 @@ pub(super) fn check(call: &Call) -> Result<(), Unsupported> {
         multiple("mask", 2, n_head, m.ne[2])?;
         multiple("mask", 3, n_stream, m.ne[3])?;
     }
+    Ok(())
+}
+
+/// Does a layer of an index have the shape of a call?
+pub fn check_shape(p: &Problem, shape: &LayerShape) -> Result<(), Unsupported> {
+    for (what, index, call) in [
+        ("KV heads", shape.n_head_kv as usize, p.k.ne[2]),
+        ("query heads per KV head", shape.n_group as usize, p.n_group()),
+        ("key head size", shape.head_dim_k as usize, p.k.ne[0]),
+        ("value head size", shape.head_dim_v as usize, p.v.ne[0]),
+    ] {
+        if index != call {
+            return Err(Unsupported::Index { what, index, call });
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn check(call: &Call) -> Result<(), Unsupported> {
+    let p = &call.problem;
+    check_problem(p)?;
     if call.rows.len() != p.n_row() {
         return Err(Unsupported::Rows { got: call.rows.len(), want: p.n_row() });
     }
@@ -61,7 +83,7 @@ pub(super) fn check(call: &Call) -> Result<(), Unsupported> {
     for (tile, rows) in call.tiles.iter().enumerate() {
         let run = call.rows.get(rows.clone()).unwrap_or_default();
         let alike = run.first().is_some_and(|row| *row != Row::Dense && run.iter().all(|r| r == row));
-        if !alike || rows.len() < 2 || rows.start < end || rows.start / n_query != (rows.end - 1) / n_query {
+        if !alike || rows.len() < 2 || rows.start < end || rows.start / p.q.ne[1] != (rows.end - 1) / p.q.ne[1] {
             return Err(Unsupported::Tile { tile });
         }
         end = rows.end;
@@ -83,16 +105,7 @@ pub(super) fn check(call: &Call) -> Result<(), Unsupported> {
 fn binding(call: &Call, n: usize) -> Result<(), Unsupported> {
     let (p, b) = (&call.problem, &call.bindings[n]);
     let shape = b.index.layer(call.layer).ok_or(Unsupported::NoLayer { layer: call.layer })?.shape;
-    for (what, index, call) in [
-        ("KV heads", shape.n_head_kv as usize, p.k.ne[2]),
-        ("query heads per KV head", shape.n_group as usize, p.n_group()),
-        ("key head size", shape.head_dim_k as usize, p.k.ne[0]),
-        ("value head size", shape.head_dim_v as usize, p.v.ne[0]),
-    ] {
-        if index != call {
-            return Err(Unsupported::Index { what, index, call });
-        }
-    }
+    check_shape(p, &shape)?;
     let meta = b.index.meta();
     if b.cells.len() != meta.n_prefix() {
         return Err(Unsupported::Binding { what: "prefix cells", got: b.cells.len(), want: meta.n_prefix() });

@@ -355,6 +355,6 @@ impl<'a> Pair<'a> {
 }
 
 /// Address of element 0 at the given place in dimensions 1 to 3.
-fn address(a: &Array, at: [usize; 3]) -> *mut u8 {
+pub(super) fn address(a: &Array, at: [usize; 3]) -> *mut u8 {
     a.data.wrapping_add(at[0] * a.nb[1] + at[1] * a.nb[2] + at[2] * a.nb[3])
 }

@@ -1,7 +1,8 @@
 //! The attention call on CPU threads that somebody else owns: a plan of tasks that they share. Knows nothing of ggml.
 //!
 //! `plan` cuts a call into tasks, `lookup` scores and selects clusters, `attend` runs over cells, `tile` does both for
-//! query rows that share a selection, `kernels` are the inner loops, `memory` is all pointer arithmetic.
+//! query rows that share a selection, `guard` compares a cache with an index, `kernels` are the inner loops, `memory` is all
+//! pointer arithmetic.
 
 mod attend;
 #[cfg(target_arch = "x86_64")]
@@ -9,6 +10,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod check;
+mod guard;
 mod kernels;
 mod lookup;
 mod measure;
@@ -22,6 +24,8 @@ mod tile;
 
 use std::sync::OnceLock;
 
+pub use check::{check_problem, check_shape};
+pub use guard::Guard;
 pub use memory::Memory;
 pub use plan::{Options, Plan, Schedule};
 
