@@ -11,12 +11,12 @@ use std::sync::Arc;
 use anyhow::{ensure, Context as _, Result};
 use clap::Parser;
 use ggml_squeeze::attention::{oracle, Array, Binding, Call, Element, Mode, Problem, Rotation, Row, Selection, Spread};
+use ggml_squeeze::backend::Capture;
 use ggml_squeeze::build::{self, LayerCapture, Settings};
 use ggml_squeeze::config::SPREAD_ALPHA;
 use ggml_squeeze::index::sample::sample_parts;
 use ggml_squeeze::index::{to_bytes, Index};
 use sqz::build_cmd::read_text;
-use ggml_squeeze::backend::Capture;
 use sqz::llama::{start, Context, Model, ModelArgs};
 
 /// Last tokens, of which some are the queries.

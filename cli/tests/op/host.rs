@@ -180,8 +180,8 @@ impl Data {
         let (mut mask, mut sees) = (Vec::new(), vec![true; n_row]);
         let heads = if spec.masked == Masked::PerHead { n_head } else { 1 };
         // [stream][head][query][cell]
-        for (s, _, query) in
-            (0..spec.n_stream).flat_map(|s| (0..heads * spec.n_query).map(move |i| (s, i / spec.n_query, i % spec.n_query)))
+        for (s, _, query) in (0..spec.n_stream)
+            .flat_map(|s| (0..heads * spec.n_query).map(move |i| (s, i / spec.n_query, i % spec.n_query)))
         {
             let mut row = vec![f16::ZERO; spec.n_kv];
             if matches!(spec.masked, Masked::Shared | Masked::PerHead) {
@@ -325,15 +325,11 @@ impl Graph {
         Graph::with_types(backend, data, node, types).expect("the inputs are sound")
     }
 
-    pub fn with_types(
-        backend: &Backend,
-        data: &Data,
-        node: Node,
-        types: [sys::ggml_type; 2],
-    ) -> Result<Graph, String> {
+    pub fn with_types(backend: &Backend, data: &Data, node: Node, types: [sys::ggml_type; 2]) -> Result<Graph, String> {
         let spec = data.spec.clone();
         let params = sys::ggml_init_params { mem_size: 1 << 20, mem_buffer: null_mut(), no_alloc: true };
-        let [n_kv, n_query, heads, streams] = [spec.n_kv, spec.n_query, spec.n_head_kv, spec.n_stream].map(|n| n as i64);
+        let [n_kv, n_query, heads, streams] =
+            [spec.n_kv, spec.n_query, spec.n_head_kv, spec.n_stream].map(|n| n as i64);
         let n_head = heads * spec.group as i64;
         // SAFETY: one context, alive until drop; every tensor is made in it and filled within its size.
         unsafe {
