@@ -435,14 +435,19 @@ impl Graph {
         unsafe { (*self.node).op == sys::GGML_OP_CUSTOM }
     }
 
+    pub fn compute(&self, backend: &Backend) {
+        // SAFETY: a live graph on a live backend.
+        let status = unsafe { sys::ggml_backend_graph_compute(backend.0, self.graph) };
+        assert_eq!(status, sys::GGML_STATUS_SUCCESS, "the graph failed");
+    }
+
     /// Computes the graph; `[stream][query][head][dv]`.
     pub fn run(&self, backend: &Backend) -> Vec<f32> {
-        // SAFETY: a live graph on a live backend; the node is F32 and contiguous.
+        // SAFETY: the node is F32 and contiguous.
         unsafe {
             let n = sys::ggml_nelements(self.node) as usize;
             std::slice::from_raw_parts_mut((*self.node).data.cast::<f32>(), n).fill(f32::NAN);
-            let status = sys::ggml_backend_graph_compute(backend.0, self.graph);
-            assert_eq!(status, sys::GGML_STATUS_SUCCESS, "the graph failed");
+            self.compute(backend);
             std::slice::from_raw_parts((*self.node).data.cast::<f32>(), n).to_vec()
         }
     }

@@ -25,8 +25,9 @@ use run::{run_node, Runs};
 /// How a context checks that K and V hold the prefix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpOptions {
-    /// Compare every clustered token in every run, at about the cost of dense attention, instead of some in turn.
-    pub verify_all: bool,
+    /// Runs in which every clustered token is compared once, in turn. An edit of one is found within so many runs, in half as
+    /// many on average; that of the last one always at once. 1: every token in every run, at about the cost of dense attention.
+    pub round: usize,
     /// Caches of one layer (sequences, streams) that are known at a time, at 8 bytes per clustered token; one that was longest
     /// not used makes room, and is verified anew when it comes back.
     pub max_places: usize,
@@ -34,7 +35,7 @@ pub struct OpOptions {
 
 impl Default for OpOptions {
     fn default() -> Self {
-        OpOptions { verify_all: false, max_places: 32 }
+        OpOptions { round: 512, max_places: 32 }
     }
 }
 

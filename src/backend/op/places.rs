@@ -12,12 +12,9 @@ use super::{lock, OpOptions, State};
 use crate::attention::cpu::Guard;
 use crate::attention::{Array, Problem};
 
-/// Clustered tokens compared again in a run, in turn: so many runs make a round, but no fewer tokens than `MIN_SAMPLE` a run.
-const ROUND: usize = 512;
-const MIN_SAMPLE: usize = 8;
 /// Of one task.
 const CLUSTERS: usize = 16;
-const TOKENS: usize = 64;
+const TOKENS: usize = 16;
 
 /// Where K and V of a stream lie, and how.
 type Key = [usize; 8];
@@ -69,7 +66,7 @@ impl State {
 
     /// Begins a check of each of the `streams`.
     pub(super) fn checks(&self, problem: &Problem, streams: &[usize]) -> (Vec<Check>, Vec<Task>) {
-        let (n, OpOptions { verify_all, max_places }) = (self.n_clustered(), self.shared.options);
+        let (n, OpOptions { round, max_places }) = (self.n_clustered(), self.shared.options);
         let (mut checks, mut tasks) = (Vec::new(), Vec::new());
         let mut places = lock(&self.places);
         for &stream in streams {
@@ -91,15 +88,15 @@ impl State {
                     tasks.extend(means.map(|(h, c)| Task::Means(number, h, c)));
                     tasks.extend(chunks(n, TOKENS).map(|tokens| Task::Note(number, tokens)));
                 }
-                Some(_) if verify_all => {
-                    tasks.extend(chunks(n, TOKENS).map(|tokens| Task::Compare(number, tokens)));
-                }
                 Some(_) => {
-                    let size = n.div_ceil(ROUND).max(MIN_SAMPLE);
+                    let size = n.div_ceil(round.max(1));
                     let sample = place.next..(place.next + size).min(n);
-                    place.next = sample.end % n.max(1);
-                    // the last one first: an edit of a text changes all that is behind it
-                    tasks.extend([Task::Compare(number, n - 1..n), Task::Compare(number, sample)]);
+                    place.next = sample.end % n;
+                    // an edit of a text changes all that is behind it
+                    tasks.push(Task::Compare(number, n - 1..n));
+                    let parts =
+                        chunks(sample.len(), TOKENS).map(|part| sample.start + part.start..sample.start + part.end);
+                    tasks.extend(parts.map(|tokens| Task::Compare(number, tokens)));
                 }
             }
             let (digests, known, differs) = (place.digests.clone(), place.holds, AtomicBool::new(false));
@@ -139,8 +136,8 @@ impl State {
         }
     }
 
-    /// Ends a check, once all of its tasks are done: does the stream hold the prefix? And did it before?
-    pub(super) fn conclude(&self, check: &Check) -> (bool, bool) {
+    /// Ends a check, once all of its tasks are done: does the stream hold the prefix? And did it before, if that was known?
+    pub(super) fn conclude(&self, check: &Check) -> (bool, Option<bool>) {
         let same = !check.differs.load(Ordering::Relaxed);
         let holds = match check.known {
             None => Some(same),
@@ -150,6 +147,6 @@ impl State {
         if let Some(place) = lock(&self.places).iter_mut().find(|place| place.key == check.key) {
             place.holds = holds;
         }
-        (holds == Some(true), check.known == Some(true))
+        (holds == Some(true), check.known)
     }
 }

@@ -187,10 +187,10 @@ impl State {
         let n_query = problem.q.ne[1];
         for check in &job.checks {
             let (holds, held) = self.conclude(check);
-            if holds != held {
+            if holds != (held == Some(true)) {
                 count(|s| if holds { s.bound += 1 } else { s.unbound += 1 });
             }
-            if !holds && (held || config.log > 1) {
+            if !holds && held != Some(false) && config.log > 0 {
                 let what = "K or V does not hold the prefix of the index in its first cells: dense";
                 log(format_args!("attention op of layer {}, stream {}: {what}", self.layer, check.stream));
             }

@@ -1,0 +1,201 @@
+//! What the checks of the attention op for a host's own graph cost, and what they must allow.
+//!
+//! `cargo bench --workspace --bench attn_ext -- [--prefix 8192] [--budgets 0.2,0.1] [-r 40] [-t 2]`: microseconds per node of one
+//! query (8 KV heads of 128, 4 query heads each, F16), for several rounds of the check.
+//!
+//! `... --bench attn_ext -- -m MODEL -f TEXT [--tokens N]`: how far the means of clusters are from those of the same text in other
+//! batch shapes and cache types.
+
+#[path = "../tests/op/host.rs"]
+#[allow(dead_code)]
+mod host;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use ggml_squeeze::attention::Element;
+use ggml_squeeze::backend::{Capture, OpContext, OpOptions};
+use ggml_squeeze::build::{self, LayerCapture, Settings};
+use half::f16;
+use host::{change, scope, take_stats, Backend, Data, Graph, Masked, Node, Spec};
+use sqz::build_cmd::read_text;
+use sqz::llama::{Context, Flash, GpuArgs, Model, ModelArgs, RopeArgs};
+
+#[derive(Parser)]
+struct Args {
+    #[arg(long, default_value_t = 8192)]
+    prefix: usize,
+    #[arg(long, value_delimiter = ',', default_value = "0.2,0.1")]
+    budgets: Vec<f32>,
+    #[arg(short, long, default_value_t = 40)]
+    repetitions: usize,
+    #[arg(short, long, default_value_t = 2)]
+    threads: usize,
+    #[arg(short, long, requires = "file")]
+    model: Option<PathBuf>,
+    #[arg(short, long)]
+    file: Option<PathBuf>,
+    #[arg(long, default_value_t = 2048)]
+    tokens: usize,
+    /// What cargo passes
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// Caches of each way; all of them take turns and are together more than the last-level cache.
+const N_CACHE: usize = 3;
+/// A round without end compares the last token alone.
+const ROUNDS: [usize; 5] = [usize::MAX, 1024, 512, 128, 1];
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn time(graph: &Graph, backend: &Backend) -> f64 {
+    let start = Instant::now();
+    graph.compute(backend);
+    start.elapsed().as_secs_f64() * 1e6
+}
+
+fn timings(args: &Args) {
+    let spec = Spec {
+        dk: 128,
+        dv: 128,
+        group: 4,
+        n_head_kv: 8,
+        n_query: 1,
+        n_prefix: args.prefix,
+        n_kv: args.prefix + 64,
+        masked: Masked::Open,
+        ..Spec::default()
+    };
+    let (data, backend, scope) = (Data::new(&spec), Backend::new(args.threads), scope(1.0));
+    let index = data.index();
+    let contexts: Vec<OpContext> =
+        ROUNDS.map(|round| OpContext::new(scope.clone(), OpOptions { round, ..OpOptions::default() })).into();
+    let nodes: Vec<Node> = contexts.iter().map(|context| Node::Ours(context, &index)).chain([Node::Stock]).collect();
+    let graphs: Vec<Vec<Graph>> =
+        nodes.iter().map(|node| (0..N_CACHE).map(|_| Graph::new(&backend, &data, *node)).collect()).collect();
+    let first: Vec<f64> = graphs[..ROUNDS.len()].iter().flatten().map(|graph| time(graph, &backend)).collect();
+    println!("the first run, which verifies all: {:.0} us", median(first));
+    let heads: String = ROUNDS
+        .iter()
+        .map(|r| format!(" round {} |", if *r == usize::MAX { "-".into() } else { r.to_string() }))
+        .collect();
+    println!("| budget |{heads} ggml_flash_attn_ext |\n|---|{}---:|", "---:|".repeat(ROUNDS.len()));
+    for budget in &args.budgets {
+        change(&scope, |c| c.mode = ggml_squeeze::config::ModeSetting::Budget(*budget));
+        let mut times = vec![Vec::new(); nodes.len()];
+        for repetition in 0..args.repetitions + 2 {
+            for (graphs, times) in graphs.iter().zip(&mut times) {
+                let us = graphs.iter().map(|graph| time(graph, &backend));
+                // the first ones warm up
+                if repetition >= 2 {
+                    times.extend(us);
+                } else {
+                    us.for_each(drop);
+                }
+            }
+        }
+        assert!(take_stats(&scope).nodes_dense.is_empty(), "all nodes are sparse");
+        let line: String = times.into_iter().map(|t| format!(" {:.1} |", median(t))).collect();
+        println!("| {budget} |{line}");
+    }
+}
+
+/// All layers of a text, as this batch shape and cache type give them.
+fn captures(model: &Model, path: &Path, tokens: &[i32], ubatch: u32, element: Element) -> Result<Vec<LayerCapture>> {
+    let args = ModelArgs {
+        model: path.to_path_buf(),
+        ctx_size: None,
+        batch_size: 512,
+        ubatch_size: ubatch,
+        threads: Some(2),
+        flash_attn: Flash::On,
+        cache_type_k: element,
+        cache_type_v: element,
+        gpu: GpuArgs::default(),
+        rope: RopeArgs::default(),
+        swa_full: false,
+    };
+    let mut context = Context::new(model, &args, tokens.len(), Some(Capture::new(tokens.len(), 100)))?;
+    context.prefill(tokens, |_| {})?;
+    let capture = context.capture().context("the context was made with a capture")?;
+    let numbers = capture.finish()?.0;
+    numbers.into_iter().map(|n| Ok(capture.read(n).map_err(anyhow::Error::msg)?.0)).collect()
+}
+
+/// Distances of the means of clusters, times the root of their size, in units of the root mean square norm of their rows: of K
+/// and of V.
+fn distances(old: &LayerCapture, new: &LayerCapture, settings: &Settings) -> Result<[Vec<f64>; 2]> {
+    let made = build::index_layer(old, settings, &|_| ())?;
+    let view = made.parts.view();
+    let mut out = [Vec::new(), Vec::new()];
+    let halves = [
+        (&new.k, view.centroids, view.shape.head_dim_k as usize),
+        (&new.v, view.mean_values, view.shape.head_dim_v as usize),
+    ];
+    for (out, (rows, stored, d)) in out.iter_mut().zip(halves) {
+        let row: usize = d * view.shape.n_head_kv as usize;
+        for h in 0..view.shape.n_head_kv as usize {
+            for (c, run) in view.head_offsets(h).windows(2).enumerate() {
+                let mut sum = vec![0f64; d];
+                let mut squares = 0.0;
+                for j in run[0]..run[1] {
+                    let at = view.member(h, j as usize) as usize * row + h * d;
+                    let member: &[f16] = &rows[at..at + d];
+                    sum.iter_mut().zip(member).for_each(|(s, x)| *s += x.to_f64());
+                    squares += member.iter().map(|x| x.to_f64().powi(2)).sum::<f64>();
+                }
+                let n = f64::from(run[1] - run[0]);
+                let stored = &stored[(h * view.shape.n_cluster as usize + c) * d..][..d];
+                let distance: f64 = sum.iter().zip(stored).map(|(s, m)| (s / n - m.to_f64()).powi(2)).sum();
+                out.push((distance * n / (squares / n)).sqrt());
+            }
+        }
+    }
+    Ok(out)
+}
+
+fn tolerances(path: &Path, file: &Path, n_token: usize) -> Result<()> {
+    drop(Backend::new(1));
+    let model = Model::load(path)?;
+    let mut tokens = model.tokenise(&read_text(file)?, true)?;
+    tokens.truncate(n_token);
+    let settings = Settings { n_threads: 2, ..Settings::default() };
+    let base = captures(&model, path, &tokens, 512, Element::F16)?;
+    println!("{} tokens, {} layers", tokens.len(), base.len());
+    println!("| against -ub 512, F16 | K median | 99 % | 99.9 % | largest | V median | 99 % | 99.9 % | largest |");
+    println!("|---|---:|---:|---:|---:|---:|---:|---:|---:|");
+    for (ubatch, element) in
+        [(512, Element::F16), (64, Element::F16), (1, Element::F16), (512, Element::BF16), (512, Element::Q8_0)]
+    {
+        let other = captures(&model, path, &tokens, ubatch, element)?;
+        let mut all = [Vec::new(), Vec::new()];
+        for (old, new) in base.iter().zip(&other) {
+            let found = distances(old, new, &settings)?;
+            all.iter_mut().zip(found).for_each(|(all, found)| all.extend(found));
+        }
+        let columns = all.map(|mut values| {
+            values.sort_by(f64::total_cmp);
+            let at = |share: f64| 100.0 * values[((values.len() - 1) as f64 * share) as usize];
+            format!(" {:.2} % | {:.2} % | {:.2} % | {:.2} % |", at(0.5), at(0.99), at(0.999), at(1.0))
+        });
+        println!("| -ub {ubatch}, {} |{}", element.name(), columns.concat());
+    }
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    match (&args.model, &args.file) {
+        (Some(model), Some(file)) => tolerances(model, file, args.tokens),
+        _ => {
+            timings(&args);
+            Ok(())
+        }
+    }
+}
