@@ -90,13 +90,14 @@ fn timings(args: &Args) {
         change(&scope, |c| c.mode = ggml_squeeze::config::ModeSetting::Budget(*budget));
         let mut times = vec![Vec::new(); nodes.len()];
         for repetition in 0..args.repetitions + 2 {
-            for (graphs, times) in graphs.iter().zip(&mut times) {
-                let us = graphs.iter().map(|graph| time(graph, &backend));
+            // ours are a prime number of ways: each comes after each other one as often
+            let n = ROUNDS.len();
+            let order = (0..n).map(|i| (i * (1 + repetition % (n - 1)) + repetition) % n);
+            for way in order.chain([n]) {
+                let us: Vec<f64> = graphs[way].iter().map(|graph| time(graph, &backend)).collect();
                 // the first ones warm up
                 if repetition >= 2 {
-                    times.extend(us);
-                } else {
-                    us.for_each(drop);
+                    times[way].extend(us);
                 }
             }
         }

@@ -295,6 +295,11 @@ fn what_ggml_would_abort_for_is_an_error() {
             (Source { v: tensor(f16, [64, 449, 2, 1]), ..good }, 0.0, "v has 449"),
             (Source { v: tensor(f16, [64, 450, 3, 1]), ..good }, 0.0, "v has 3"),
             (Source { q: tensor(f32, [64, 2, 5, 1]), ..good }, 0.0, "no multiple"),
+            (
+                Source { v: sys::ggml_transpose(c, tensor(f16, [450, 64, 2, 1]).cast()).cast(), ..good },
+                0.0,
+                "v is not contig",
+            ),
             (Source { mask: tensor(f32, [450, 2, 1, 1]), ..good }, 0.0, "F16 and contiguous"),
             (Source { mask: tensor(f16, [449, 2, 1, 1]), ..good }, 0.0, "does not fit"),
             (Source { mask: tensor(f16, [450, 1, 1, 1]), ..good }, 0.0, "does not fit"),

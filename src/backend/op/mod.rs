@@ -173,7 +173,7 @@ pub unsafe fn attn_ext(
         return Err("the attention op: the host's ggml has no ggml_custom_4d or no ggml_flash_attn_ext".to_string());
     };
     let inputs = Inputs { q, k, v, mask, sinks: None };
-    check_inputs(&inputs, max_bias).map_err(|why| format!("the attention op of layer {layer}: {why}"))?;
+    check_inputs(&inputs, max_bias, api).map_err(|why| format!("the attention op of layer {layer}: {why}"))?;
     let numbers = [scale, max_bias, softcap];
     let ne = [v.ne()[0], q.ne()[2], q.ne()[1], q.ne()[3]];
     if let Err(reason) = problem_of(inputs, ne, numbers).and_then(|p| sparse_at_all(&p, index, layer)) {
@@ -226,12 +226,18 @@ fn sparse_at_all(problem: &Problem, index: &Index, layer: u32) -> Result<(), Rea
 }
 
 /// What `ggml_flash_attn_ext` and the CPU backend assert.
-fn check_inputs(inputs: &Inputs, max_bias: f32) -> Result<(), String> {
+fn check_inputs(inputs: &Inputs, max_bias: f32, api: &Api) -> Result<(), String> {
     let Inputs { q, k, v, mask, .. } = inputs;
     let [dk, n_query, n_head, n_stream] = q.ne();
     let [_, n_kv, n_head_kv, _] = k.ne();
     if !q.is_f32() || q.raw().nb[0] != 4 {
         return Err("q must be F32, contiguous in dimension 0".to_string());
+    }
+    for (what, t) in [("k", k), ("v", v)] {
+        // SAFETY: the type of a live tensor.
+        if t.raw().nb[0] != unsafe { (api.ggml_type_size)(t.raw().type_) } {
+            return Err(format!("{what} is not contiguous in dimension 0: is it transposed?"));
+        }
     }
     for (what, dim, got, want) in [
         ("k", 0, k.ne()[0], dk),
