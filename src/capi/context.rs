@@ -8,7 +8,7 @@ use super::plain::{self, Plain};
 use super::status::sqz_status::*;
 use super::status::{fail, guard, sqz_status, Outcome};
 use crate::attention::Spread;
-use crate::backend::{self, Scope};
+use crate::backend::{self, OpContext, OpOptions, Scope};
 use crate::config::{Config, ModeSetting, DEFAULT_BUDGET, DEFAULT_TILE};
 
 /// Settings, attached indexes and counters of their own (opaque), for hosts with several models or users. Where a function
@@ -21,6 +21,8 @@ pub struct sqz_context {
 /// What a context handle stands for.
 pub(super) struct Context {
     pub scope: Arc<Scope>,
+    /// Of the nodes of sqz_attn_ext.
+    pub op: OpContext,
 }
 
 /// Keep the best clusters until a share of the prefix's keys is kept: a fixed amount of work.
@@ -189,7 +191,8 @@ pub unsafe extern "C" fn sqz_context_new(config: *const sqz_config, out: *mut *m
             let _entered = backend::enter(&scope);
             backend::configure(|c| *c = own);
         }
-        *out = handle::put(Context { scope });
+        let op = OpContext::new(scope.clone(), OpOptions::default());
+        *out = handle::put(Context { scope, op });
         Ok(())
     })
 }

@@ -5,6 +5,7 @@ mod builder;
 mod context;
 mod handle;
 mod index;
+mod op;
 mod plain;
 mod status;
 
@@ -20,6 +21,7 @@ use status::{fail, guard};
 pub use builder::*;
 pub use context::*;
 pub use index::*;
+pub use op::*;
 pub use status::{sqz_last_error, sqz_status, sqz_status_str};
 
 /// Number of this interface; a library with another one does not fit a header.
