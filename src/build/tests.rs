@@ -60,7 +60,7 @@ fn a_hierarchy_has_the_same_bytes_with_any_number_of_threads() {
 }
 
 #[test]
-fn coarse_centroids_are_the_means_of_all_keys_below() {
+fn coarse_centroids_are_the_means_of_all_keys_below_to_rounding() {
     let capture = capture(700, 10, 2, 1, 4);
     let settings = Settings { n_coarse: Some(7), ..settings(16, 10) };
     let parts = index_layer(&capture, &settings, &|_| ()).unwrap().parts;
@@ -70,10 +70,12 @@ fn coarse_centroids_are_the_means_of_all_keys_below() {
             let slots = view.head_offsets(h)[run[0] as usize]..view.head_offsets(h)[run[1] as usize];
             let keys: Vec<usize> = slots.map(|slot| view.member(h, slot as usize) as usize).collect();
             for d in 0..dim {
-                let mean =
-                    keys.iter().map(|t| capture.k[(t * 2 + h) * dim + d].to_f64()).sum::<f64>() / keys.len() as f64;
-                let stored = parts.coarse_centroids[(h * 7 + j) * dim + d].to_f64();
-                assert!((stored - mean).abs() <= 1e-3 * mean.abs() + 1e-6, "head {h}, coarse {j}: {stored} {mean}");
+                let of = |f: fn(f64) -> f64| {
+                    keys.iter().map(|t| f(capture.k[(t * 2 + h) * dim + d].to_f64())).sum::<f64>() / keys.len() as f64
+                };
+                let (mean, size) = (of(|x| x), of(f64::abs));
+                let made = parts.coarse_centroids[(h * 7 + j) * dim + d].to_f64();
+                assert!((made - mean).abs() <= (size + mean.abs()) / 2000.0, "head {h}, coarse {j}: {made} {mean}");
             }
         }
     }
@@ -284,7 +286,7 @@ fn the_bytes_of_this_version() {
     let target = tables.masses.iter().find(|row| row.mass == 0.9).unwrap();
     let version = (crate::index::FORMAT_VERSION, BUILD_VERSION, hash.as_str());
     let close = |a: f32, b: f32| (a / b - 1.0).abs() < 1e-3;
-    assert_eq!(version, (4, 3, PINNED), "{row:?} {target:?}");
+    assert_eq!(version, (5, 4, PINNED), "{row:?} {target:?}");
     assert!(
         close(row.threshold, 0.0119180735) && close(row.kept, 0.37714285) && close(row.mass, 0.44004735),
         "{row:?}"
