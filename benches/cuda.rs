@@ -98,7 +98,7 @@ fn index_bytes(s: &Shape) -> Vec<u8> {
         })
         .collect();
     let rows = s.n_head_kv * n_cluster;
-    let layer = LayerParts {
+    let mut layer = LayerParts {
         shape: LayerShape {
             layer: 0,
             n_head_kv: s.n_head_kv as u32,
@@ -116,11 +116,12 @@ fn index_bytes(s: &Shape) -> Vec<u8> {
         radii: normals(4, rows).into_iter().map(|x| 0.1 * x.to_f32().abs()).collect(),
         offsets: heads.iter().flat_map(|h| h.0.iter().copied()).collect(),
         members: heads.into_iter().flat_map(|h| h.1).collect(),
-        coarse_centroids: normals(5, s.n_head_kv * n_coarse * s.d),
+        coarse_centroids: Vec::new(),
         coarse_offsets: (0..s.n_head_kv as u64)
             .flat_map(|h| cut(&mut SmallRng::seed_from_u64(1000 + h), n_cluster, n_coarse))
             .collect(),
     };
+    layer.coarse_centroids = layer.view().coarse_means();
     let meta = IndexMeta {
         model: ModelId { architecture: "bench".into(), name: "bench".into(), fingerprint: [7; 32] },
         rope: Rope { kind: 0, freq_base: 10000.0, freq_scale: 1.0 },

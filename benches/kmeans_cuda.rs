@@ -69,7 +69,7 @@ fn whole_model(device: &Arc<Device>, n_layer: u32, heads: usize, n_prefix: usize
         copying += made.copying.as_secs_f64();
         products += made.products;
         let p = &made.parts;
-        out += 2 * (p.centroids.len() + p.mean_values.len() + p.coarse_centroids.len()) + p.variances.len();
+        out += 2 * (p.centroids.len() + p.mean_values.len()) + p.variances.len();
         out +=
             4 * (p.variance_scales.len() + p.radii.len() + p.offsets.len() + p.members.len() + p.coarse_offsets.len());
         let start = Instant::now();

@@ -45,12 +45,11 @@ struct Kmeans {
     uint32_t *n_tile;           // [1]
     uint32_t *near;             // [n_group][n_near] groups around each group, ascending; null: itself
     unsigned long long *products;  // [1] comparisons of a point with a cluster
-    // What the index stores, [n_cluster] rows each but for the last two: [n_row] tokens, [n_coarse][D].
+    // What the index stores, [n_cluster] rows each but for the last: [n_row] tokens.
     half *centroids, *mean_values;
     uint8_t *variances;
     float *variance_scales, *radii;
     uint32_t *members;
-    half *coarse_centroids;
     uint64_t seed;
     uint32_t layer, first_head, n_head;
     uint32_t n_prefix, n_sink, n_row, n_point;
@@ -62,7 +61,7 @@ struct Kmeans {
     // Comparisons that the tiles stand for.
     uint32_t times;
 };
-constexpr int KMEANS_BYTES = 344;
+constexpr int KMEANS_BYTES = 336;
 static_assert(sizeof(Kmeans) == KMEANS_BYTES);
 
 // Row of a point.

@@ -102,35 +102,11 @@ __device__ void mean_values(const Kmeans &call) {
     mean.put(call.mean_values + (static_cast<uint64_t>(head) * call.n_cluster + cluster) * D);
 }
 
-// Means of the keys of each coarse cluster. Grid: (n_group, n_head); each warp takes a part of the keys.
-template <int D>
-__device__ void coarse(const Kmeans &call) {
-    __shared__ Sum<D> sums[WARPS][32];
-    const uint32_t group = blockIdx.x, head = blockIdx.y;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const Run run(call, head, first_cluster(call, head, group), first_cluster(call, head, group + 1));
-    const uint64_t n = run.to - run.from;
-    Sum<D> mean;
-    each_row<D>(
-        run.order, run.from + n * warp / WARPS, run.from + n * (warp + 1) / WARPS,
-        [&](uint32_t row) { return key_at(call, head, row + call.n_sink); }, [&](const Part<D> &part) { mean.add(part); });
-    sums[warp][lane] = mean;
-    __syncthreads();
-    if (warp > 0) return;
-    for (int w = 1; w < WARPS; ++w) {
-#pragma unroll
-        for (int i = 0; i < D / 32; ++i) mean.x[i] += sums[w][lane].x[i];
-    }
-    mean.divide(n);
-    mean.put(call.coarse_centroids + (static_cast<uint64_t>(head) * call.n_group + group) * D);
-}
-
 #define SUMMARY(D)                                                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS) kmeans_summary_##D(const __grid_constant__ Kmeans call) { summary<D>(call); } \
     extern "C" __global__ void __launch_bounds__(THREADS) kmeans_mean_values_##D(const __grid_constant__ Kmeans call) {         \
         mean_values<D>(call);                                                                                                   \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS) kmeans_coarse_##D(const __grid_constant__ Kmeans call) { coarse<D>(call); }
+    }
 SUMMARY(64)
 SUMMARY(128)
 

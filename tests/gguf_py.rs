@@ -54,7 +54,7 @@ fn expected(parts: &IndexParts) -> Vec<(String, Vec<u8>)> {
         ("tensor.blk.1.radii", words(&layer.radii, f32::to_le_bytes)),
         ("tensor.blk.1.offsets", words(&layer.offsets, u32::to_le_bytes)),
         ("tensor.blk.1.members", words(&members, u16::to_le_bytes)),
-        ("tensor.blk.1.coarse_centroids", half(&layer.coarse_centroids)),
+        ("tensor.blk.1.coarse_offsets", words(&layer.coarse_offsets, u32::to_le_bytes)),
         ("tensor.sketch.k", half(&parts.sketch.k)),
         ("tensor.sketch.v_peaks", half(&parts.sketch.v_peaks)),
         ("tensor.probe.1.k", half(&parts.probes[0].k)),
@@ -68,7 +68,7 @@ fn shapes() -> String {
         format!(
             "blk.{n}.centroids F16 4 5 2\nblk.{n}.mean_values F16 3 5 2\nblk.{n}.variances I8 4 5 2\n\
              blk.{n}.variance_scales F32 5 2\nblk.{n}.radii F32 5 2\nblk.{n}.offsets I32 6 2\nblk.{n}.members I16 18 2\n\
-             blk.{n}.coarse_centroids F16 4 2 2\nblk.{n}.coarse_offsets I32 3 2\n"
+             blk.{n}.coarse_offsets I32 3 2\n"
         )
     };
     let rest = "sketch.k_dims I32 8\nsketch.v_dims I32 6\nsketch.k F16 8 24\nsketch.v F16 6 24\n\
@@ -94,5 +94,5 @@ fn gguf_py_reads_what_was_written() {
 
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gguf_py.py");
     let said = run(Command::new(python()).arg(script).arg(&index).arg(&wanted));
-    assert_eq!(said.trim(), format!("{} arrays and 26 shapes agree", arrays.len()));
+    assert_eq!(said.trim(), format!("{} arrays and 24 shapes agree", arrays.len()));
 }

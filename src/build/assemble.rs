@@ -104,3 +104,44 @@ impl Assembly {
         Ok(self.parts)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::sample::prefix;
+    use super::super::{sketch, synthetic_layer};
+    use super::*;
+    use crate::index::sample::sample_parts;
+    use crate::index::{to_bytes, Index};
+
+    /// All of a file, of the smallest model that is used much: 24 layers, 2 KV heads of size 64 (Qwen2.5-Coder-0.5B). The size
+    /// follows from counts alone, so clusters may be made up.
+    #[test]
+    fn a_whole_index_is_small_beside_its_cache() {
+        for n_prefix in [1000, 24974, 32767] {
+            let settings = Settings { n_threads: 2, ..Settings::default() };
+            let mut meta = sample_parts(1, n_prefix, 1, 1, 1, 1, 1).meta;
+            (meta.n_sink, meta.n_window, meta.n_layer) = (settings.n_sink, settings.n_window, 24);
+            meta.tokens = (0..n_prefix as i32).collect();
+            meta.dense_layers.clear();
+            let mut capture = prefix(n_prefix, 100, 2, 7, 64, 1);
+            let layer = synthetic_layer(&capture, &settings).unwrap();
+            let of = |number: u32| {
+                let mut layer = layer.clone();
+                layer.parts.shape.layer = number;
+                layer
+            };
+            let mut assembly = Assembly::new(meta, &settings);
+            capture.layer = 0;
+            assembly.begin(&capture, of(0), sketch(&capture).unwrap()).unwrap();
+            for number in 1..24 {
+                capture.layer = number;
+                assembly.add(&capture, of(number)).unwrap();
+            }
+            let index = Index::from_bytes(to_bytes(&assembly.finish().unwrap()).unwrap()).unwrap();
+            assert_eq!(index.cache_bytes(), n_prefix as u64 * 24 * 2 * 2 * 64 * 2);
+            let share = index.file_bytes() as f64 / index.cache_bytes() as f64;
+            println!("{n_prefix} tokens: {} bytes, {:.2} % of the cache", index.file_bytes(), 100.0 * share);
+            assert!(share <= 0.08, "{n_prefix} tokens: {:.2} %", 100.0 * share);
+        }
+    }
+}

@@ -33,7 +33,7 @@ pub use sketch::{cache_blocks, probe, probe_tokens, sketch, sketch_margin, Sketc
 pub use synthetic::synthetic_layer;
 pub use window::{window_scores, LayerScores};
 
-use crate::index::{LayerParts, LayerShape};
+use crate::index::{LayerParts, LayerShape, LayerView};
 use crate::random::split_mix;
 use summary::{HeadParts, Rows};
 use topdown::Plan;
@@ -41,7 +41,7 @@ use topdown::Plan;
 /// Number of what this code makes of a capture: part of the key under which an index is cached. Raise it with every change
 /// that gives other bytes for the same text and model, one in the program that captures included; the hash that
 /// `tests::the_bytes_of_this_version` pins tells when.
-pub const BUILD_VERSION: u32 = 3;
+pub const BUILD_VERSION: u32 = 4;
 
 /// How to build.
 #[derive(Clone, Debug, PartialEq)]
@@ -285,10 +285,16 @@ fn join_heads(capture: &LayerCapture, plan: &Plan, heads: impl Iterator<Item = H
         parts.radii.extend(head.radii);
         parts.offsets.extend(head.offsets);
         parts.members.extend(head.members);
-        parts.coarse_centroids.extend(head.coarse_centroids);
         parts.coarse_offsets.extend(head.coarse_offsets);
     }
+    parts.coarse_centroids = coarse_centroids(&parts.view());
     parts
+}
+
+/// The coarse centroids of a layer, on the threads of the current rayon pool.
+fn coarse_centroids(view: &LayerView) -> Vec<f16> {
+    let heads = (0..view.shape.n_head_kv as usize).into_par_iter();
+    heads.flat_map_iter(|head| view.head_coarse_means(head)).collect()
 }
 
 /// Whether settings can be used.

@@ -34,7 +34,6 @@ pub(super) struct HeadParts {
     pub radii: Vec<f32>,
     pub offsets: Vec<u32>,
     pub members: Vec<u32>,
-    pub coarse_centroids: Vec<f16>,
     pub coarse_offsets: Vec<u32>,
 }
 
@@ -93,7 +92,6 @@ pub(super) fn assemble(
         radii: Vec::with_capacity(n_cluster),
         offsets: start.iter().map(|&s| s as u32).collect(),
         members: order.iter().map(|&i| i + keys.first as u32).collect(),
-        coarse_centroids: coarse_means(keys, &start, &order, coarse_offsets),
         coarse_offsets: coarse_offsets.to_vec(),
     };
     for s in summaries {
@@ -104,13 +102,6 @@ pub(super) fn assemble(
         head.radii.push(s.radius);
     }
     head
-}
-
-/// Means of the keys of every coarse cluster.
-fn coarse_means(keys: Rows, start: &[usize], order: &[u32], coarse_offsets: &[u32]) -> Vec<f16> {
-    let members = |run: &[u32]| &order[start[run[0] as usize]..start[run[1] as usize]];
-    let means = coarse_offsets.par_windows(2).flat_map_iter(|run| mean(keys, members(run)));
-    means.map(f16::from_f64).collect()
 }
 
 pub(super) fn summarise_one(keys: Rows, values: Rows, members: &[u32]) -> Summary {

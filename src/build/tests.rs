@@ -60,7 +60,7 @@ fn a_hierarchy_has_the_same_bytes_with_any_number_of_threads() {
 }
 
 #[test]
-fn coarse_centroids_are_the_means_of_all_keys_below() {
+fn coarse_centroids_are_the_means_of_all_keys_below_to_rounding() {
     let capture = capture(700, 10, 2, 1, 4);
     let settings = Settings { n_coarse: Some(7), ..settings(16, 10) };
     let parts = index_layer(&capture, &settings, &|_| ()).unwrap().parts;
@@ -70,10 +70,12 @@ fn coarse_centroids_are_the_means_of_all_keys_below() {
             let slots = view.head_offsets(h)[run[0] as usize]..view.head_offsets(h)[run[1] as usize];
             let keys: Vec<usize> = slots.map(|slot| view.member(h, slot as usize) as usize).collect();
             for d in 0..dim {
-                let mean =
-                    keys.iter().map(|t| capture.k[(t * 2 + h) * dim + d].to_f64()).sum::<f64>() / keys.len() as f64;
-                let stored = parts.coarse_centroids[(h * 7 + j) * dim + d].to_f64();
-                assert!((stored - mean).abs() <= 1e-3 * mean.abs() + 1e-6, "head {h}, coarse {j}: {stored} {mean}");
+                let of = |f: fn(f64) -> f64| {
+                    keys.iter().map(|t| f(capture.k[(t * 2 + h) * dim + d].to_f64())).sum::<f64>() / keys.len() as f64
+                };
+                let (mean, size) = (of(|x| x), of(f64::abs));
+                let made = parts.coarse_centroids[(h * 7 + j) * dim + d].to_f64();
+                assert!((made - mean).abs() <= (size + mean.abs()) / 2000.0, "head {h}, coarse {j}: {made} {mean}");
             }
         }
     }
@@ -219,7 +221,8 @@ fn the_layers_of_an_index_are_small_beside_their_cache() {
     use crate::index::sample::{add_coarse, sample_parts};
     use crate::index::{to_bytes, Index};
     let settings = Settings::default();
-    for (n_prefix, dim) in [(1024, 64), (4096, 64), (4096, 128), (32767, 64), (32767, 128), (32768, 128), (70000, 128)]
+    for (n_prefix, dim) in
+        [(1024, 64), (4096, 128), (16500, 64), (16500, 128), (32767, 64), (32767, 128), (32768, 128), (70000, 128)]
     {
         let n = n_prefix - 116;
         let fine = super::n_cluster(n, &settings);
@@ -232,9 +235,9 @@ fn the_layers_of_an_index_are_small_beside_their_cache() {
         let cache = (n_prefix * 2 * 2 * dim) as f64;
         let whole = index.layer_bytes(0) as f64;
         let both = fine * (2 * dim + dim + 4);
-        assert!(whole <= 0.08 * cache, "{n_prefix} x {dim}: {:.2} %", 100.0 * whole / cache);
+        assert!(whole <= 0.073 * cache, "{n_prefix} x {dim}: {:.2} %", 100.0 * whole / cache);
         let rest = whole - both as f64;
-        assert!(rest <= 0.042 * cache, "{n_prefix} x {dim} without both: {:.2} %", 100.0 * rest / cache);
+        assert!(rest <= 0.035 * cache, "{n_prefix} x {dim} without both: {:.2} %", 100.0 * rest / cache);
     }
 }
 
@@ -277,14 +280,14 @@ fn made_up_index() -> (Vec<u8>, Tables) {
 #[test]
 fn the_bytes_of_this_version() {
     use sha2::{Digest, Sha256};
-    const PINNED: &str = "c8f693f9b5b0e4f528a11e32cb00cb1772fe5329b3dd8ad2e0cb392141277ca8";
+    const PINNED: &str = "a693329cdfd2d6587efb577a3fc42b6adb9f5583b906270570a297171bbf6476";
     let (bytes, tables) = made_up_index();
     let hash: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
     let row = tables.budgets.iter().find(|row| row.budget == 0.2).unwrap();
     let target = tables.masses.iter().find(|row| row.mass == 0.9).unwrap();
     let version = (crate::index::FORMAT_VERSION, BUILD_VERSION, hash.as_str());
     let close = |a: f32, b: f32| (a / b - 1.0).abs() < 1e-3;
-    assert_eq!(version, (4, 3, PINNED), "{row:?} {target:?}");
+    assert_eq!(version, (5, 4, PINNED), "{row:?} {target:?}");
     assert!(
         close(row.threshold, 0.0119180735) && close(row.kept, 0.37714285) && close(row.mass, 0.44004735),
         "{row:?}"

@@ -58,14 +58,13 @@ impl Spec {
     }
 }
 
-/// Tensors of one layer without the coarse level, and with it.
+/// Tensors of one layer without a coarse level, which adds one.
 pub(super) const LAYER_TENSORS: usize = 7;
-const COARSE_TENSORS: usize = 2;
 pub(super) const SKETCH_TENSORS: usize = 6;
 pub(super) const PROBE_TENSORS: usize = 2;
 
 pub(super) fn layer_tensors(shape: &LayerShape) -> usize {
-    LAYER_TENSORS + if shape.n_coarse > 0 { COARSE_TENSORS } else { 0 }
+    LAYER_TENSORS + usize::from(shape.n_coarse > 0)
 }
 
 /// Members of this prefix are stored in 16 bits.
@@ -100,11 +99,8 @@ impl Header {
             Spec::new(name("offsets"), Type::I32, [fine + 1, heads]),
             Spec::new(name("members"), members, [self.meta.n_clustered() as u64, heads]),
         ];
-        let hierarchy = [
-            Spec::new(name("coarse_centroids"), Type::F16, [dk, coarse, heads]),
-            Spec::new(name("coarse_offsets"), Type::I32, [coarse + 1, heads]),
-        ];
-        always.into_iter().chain(hierarchy.into_iter().filter(move |_| coarse > 0))
+        let hierarchy = (coarse > 0).then(|| Spec::new(name("coarse_offsets"), Type::I32, [coarse + 1, heads]));
+        always.into_iter().chain(hierarchy)
     }
 
     fn sketch_specs(&self) -> [Spec; SKETCH_TENSORS] {

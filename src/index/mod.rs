@@ -1,5 +1,6 @@
 //! The index of one prefix: types, and the sidecar file (GGUF v3).
 
+mod coarse;
 mod error;
 mod gguf;
 mod keys;

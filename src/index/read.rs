@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use bytemuck::{cast_slice, Pod};
+use half::f16;
 
 use super::error::ensure;
 use super::gguf::{self, Cursor, Type};
@@ -22,6 +23,8 @@ pub struct Index {
     tensors: Vec<Range<usize>>,
     /// Number of the first tensor of each layer.
     first: Vec<usize>,
+    /// Centroids of each layer's coarse clusters.
+    coarse: Vec<Vec<f16>>,
 }
 
 impl Index {
@@ -70,14 +73,15 @@ impl Index {
             Some(first)
         });
         let first = starts.collect();
-        let index = Index { path, bytes, header, tensors, first };
+        let mut index = Index { path, bytes, header, tensors, first, coarse: Vec::new() };
         index.check_data()?;
+        index.coarse = (0..index.shapes().len()).map(|i| index.stored(i).coarse_means()).collect();
         Ok(index)
     }
 
     fn check_data(&self) -> Result<(), IndexError> {
         for i in 0..self.header.shapes.len() {
-            validate::layer(self.meta(), &self.layer_at(i))?;
+            validate::layer(self.meta(), &self.stored(i))?;
         }
         validate::sketch(self.shapes(), &self.sketch())?;
         self.probes().iter().try_for_each(|probe| validate::probe(self.meta(), probe))
@@ -116,8 +120,12 @@ impl Index {
     }
 
     fn layer_at(&self, i: usize) -> LayerView<'_> {
+        LayerView { coarse_centroids: &self.coarse[i], ..self.stored(i) }
+    }
+
+    /// What the file holds of a layer: all but the coarse centroids.
+    fn stored(&self, i: usize) -> LayerView<'_> {
         let (shape, t) = (self.header.shapes[i], self.first[i]);
-        let coarse = shape.n_coarse > 0;
         LayerView {
             shape,
             centroids: self.tensor(t),
@@ -131,8 +139,8 @@ impl Index {
             } else {
                 Members::U32(self.tensor(t + 6))
             },
-            coarse_centroids: if coarse { self.tensor(t + LAYER_TENSORS) } else { &[] },
-            coarse_offsets: if coarse { self.tensor(t + LAYER_TENSORS + 1) } else { &[] },
+            coarse_centroids: &[],
+            coarse_offsets: if shape.n_coarse > 0 { self.tensor(t + LAYER_TENSORS) } else { &[] },
         }
     }
 

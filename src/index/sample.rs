@@ -174,9 +174,9 @@ pub fn add_coarse(parts: &mut IndexParts, seed: u64, n_coarse: usize) {
     for layer in &mut parts.layers {
         let heads = layer.shape.n_head_kv as usize;
         layer.shape.n_coarse = n_coarse as u32;
-        layer.coarse_centroids = random.halves(heads * n_coarse * layer.shape.head_dim_k as usize);
         let runs = |_| random.offsets(layer.shape.n_cluster as usize, n_coarse);
         layer.coarse_offsets = (0..heads).flat_map(runs).collect();
+        layer.coarse_centroids = layer.view().coarse_means();
     }
 }
 

@@ -4,7 +4,7 @@
 use half::f16;
 
 /// Version of the file layout; a reader refuses any other.
-pub const FORMAT_VERSION: u32 = 4;
+pub const FORMAT_VERSION: u32 = 5;
 
 /// Largest relative distance (L2, in units of the row's norm, at least a quarter of the usual norm) between a prefix token's
 /// sketch and the cache row that is taken for it. Two tokens or positions of a prefix must be at least twice as far apart.
@@ -169,7 +169,7 @@ pub struct LayerParts {
     pub offsets: Vec<u32>,
     /// `[n_head_kv][N]`: token numbers in the prefix, a permutation of `S..P-W`, ascending inside a cluster.
     pub members: Vec<u32>,
-    /// `[n_head_kv][Cc][head_dim_k]`; empty without hierarchy.
+    /// `[n_head_kv][Cc][head_dim_k]`: [`LayerView::coarse_means`] of the rest, which no file holds; empty without hierarchy.
     pub coarse_centroids: Vec<f16>,
     /// `[n_head_kv][Cc + 1]`: fine clusters of coarse cluster i; strictly increasing, from 0 to C; empty without hierarchy.
     pub coarse_offsets: Vec<u32>,

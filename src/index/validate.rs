@@ -191,13 +191,11 @@ fn finite(values: &[f16]) -> bool {
     values.iter().map(|x| x.to_bits() & EXPONENT).max().unwrap_or(0) < EXPONENT
 }
 
-/// One layer's data; slices have the lengths that the shape asks for.
+/// One layer's data but for the coarse centroids; slices have the lengths that the shape asks for.
 pub(super) fn layer(meta: &IndexMeta, view: &LayerView) -> Result<(), IndexError> {
     let shape = &view.shape;
     let layer = shape.layer;
-    for (what, values) in
-        [("centroid", view.centroids), ("mean value", view.mean_values), ("coarse centroid", view.coarse_centroids)]
-    {
+    for (what, values) in [("centroid", view.centroids), ("mean value", view.mean_values)] {
         ensure!(finite(values), "layer {layer} has a {what} that is not finite");
     }
     for (what, values) in [("variance scale", view.variance_scales), ("radius", view.radii)] {
@@ -228,6 +226,16 @@ pub(super) fn layer(meta: &IndexMeta, view: &LayerView) -> Result<(), IndexError
             meta.n_sink as usize + n
         );
     }
+    Ok(())
+}
+
+/// The coarse centroids, which every reader makes anew, are those that it will make. The rest has passed `layer`.
+pub(super) fn coarse(view: &LayerView) -> Result<(), IndexError> {
+    ensure!(
+        view.coarse_centroids == view.coarse_means(),
+        "layer {}: the coarse centroids are not the means of their fine clusters (LayerView::coarse_means)",
+        view.shape.layer
+    );
     Ok(())
 }
 

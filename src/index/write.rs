@@ -84,8 +84,7 @@ fn arrays(parts: &IndexParts) -> impl Iterator<Item = Array<'_>> {
             Array::U32(&layer.offsets),
             Array::Members(&layer.members),
         ];
-        let hierarchy = [Array::F16(&layer.coarse_centroids), Array::U32(&layer.coarse_offsets)];
-        always.into_iter().chain(hierarchy.into_iter().filter(|_| layer.shape.n_coarse > 0))
+        always.into_iter().chain((layer.shape.n_coarse > 0).then_some(Array::U32(&layer.coarse_offsets)))
     });
     let sketch = &parts.sketch;
     let sketch = [
@@ -151,7 +150,10 @@ fn check_lengths(parts: &IndexParts, header: &Header) -> Result<(), IndexError> 
 }
 
 fn check_data(parts: &IndexParts, header: &Header) -> Result<(), IndexError> {
-    parts.layers.iter().try_for_each(|layer| validate::layer(&parts.meta, &layer.view()))?;
+    for layer in &parts.layers {
+        validate::layer(&parts.meta, &layer.view())?;
+        validate::coarse(&layer.view())?;
+    }
     validate::sketch(&header.shapes, &parts.sketch.view())?;
     parts.probes.iter().try_for_each(|probe| {
         let view = ProbeView { layer: probe.layer, tokens: &probe.tokens, k: &probe.k };

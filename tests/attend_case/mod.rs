@@ -283,12 +283,12 @@ fn layer_parts(spec: &Spec, r: &mut Random, n_cluster: usize, keys: &[f16], valu
     out
 }
 
-/// Puts runs of fine clusters together, with the mean of their keys' centroids.
+/// Puts runs of fine clusters together.
 fn add_coarse(spec: &Spec, r: &mut Random, layer: &mut LayerParts) {
-    let (n_cluster, d) = (layer.shape.n_cluster as usize, spec.dk);
+    let n_cluster = layer.shape.n_cluster as usize;
     let n_coarse = spec.n_coarse.min(n_cluster);
     layer.shape.n_coarse = n_coarse as u32;
-    for h in 0..spec.n_head_kv {
+    for _ in 0..spec.n_head_kv {
         let first = if spec.lopsided && n_coarse > 1 { (n_cluster / 2).clamp(1, n_cluster - n_coarse + 1) } else { 1 };
         let mut cuts: Vec<u32> = r.shuffled(n_cluster - first).into_iter().map(|i| i + first as u32).collect();
         if n_coarse > 1 {
@@ -299,17 +299,9 @@ fn add_coarse(spec: &Spec, r: &mut Random, layer: &mut LayerParts) {
             cuts.clear();
         }
         cuts.sort_unstable();
-        let bounds: Vec<u32> = [0].into_iter().chain(cuts).chain([n_cluster as u32]).collect();
-        let offsets = &layer.offsets[h * (n_cluster + 1)..(h + 1) * (n_cluster + 1)];
-        for run in bounds.windows(2).map(|b| b[0] as usize..b[1] as usize) {
-            let keys = (offsets[run.end] - offsets[run.start]) as f32;
-            let part = |i: usize, j: usize| {
-                layer.centroids[(h * n_cluster + i) * d + j].to_f32() * (offsets[i + 1] - offsets[i]) as f32 / keys
-            };
-            layer.coarse_centroids.extend((0..d).map(|j| f16::from_f32(run.clone().map(|i| part(i, j)).sum())));
-        }
-        layer.coarse_offsets.extend(bounds);
+        layer.coarse_offsets.extend([0].into_iter().chain(cuts).chain([n_cluster as u32]));
     }
+    layer.coarse_centroids = layer.view().coarse_means();
 }
 
 fn index_parts(spec: &Spec, r: &mut Random, n_cluster: usize, keys: &[f16], values: &[f16]) -> IndexParts {

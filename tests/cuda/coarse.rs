@@ -1,6 +1,7 @@
 //! Calls with a coarse level: fine clusters are scored in opened coarse clusters alone.
 
 use super::*;
+use ggml_squeeze::index::LayerParts;
 
 prop_compose! {
     fn specs_with_a_level()(
@@ -81,13 +82,31 @@ fn with_every_coarse_cluster_opened_the_result_is_that_of_no_level() {
             case.parts[0].layers[0].shape.n_coarse = 0;
             case.parts[0].layers[0].coarse_offsets.clear();
             case.parts[0].layers[0].coarse_centroids.clear();
-            let mut bindings = case.call.bindings.to_vec();
-            bindings[0].index = attend_case::index_of(case.parts[0].clone());
-            case.call.bindings = bindings.into();
+            rebind(&mut case);
             case.call.selection.coarse_share = 0.1;
             assert_eq!(outcome(&device, &case), flat);
         }
     }
+}
+
+/// Sets the centroids of coarse cluster j's fine ones to what cancels out, of either sign: the coarse centroid is exactly 0.
+fn cancel_out(layer: &mut LayerParts, h: usize, j: usize, sign: f32) {
+    let (n_cluster, d) = (layer.shape.n_cluster as usize, layer.shape.head_dim_k as usize);
+    let run = layer.view().head_coarse_offsets(h)[j] as usize..layer.view().head_coarse_offsets(h)[j + 1] as usize;
+    let offsets = layer.view().head_offsets(h);
+    let size = |i: usize| (offsets[i + 1] - offsets[i]) as f32;
+    let pair = |i: usize| if i + 1 < run.end { [size(i + 1), -size(i)] } else { [0.0; 2] };
+    let elements: Vec<f32> = run.clone().step_by(2).flat_map(pair).take(run.len()).collect();
+    for (i, x) in run.zip(elements) {
+        layer.centroids[(h * n_cluster + i) * d..][..d].fill(f16::from_f32(sign * x / 4.0));
+    }
+    layer.coarse_centroids = layer.view().coarse_means();
+}
+
+fn rebind(case: &mut Case) {
+    let mut bindings = case.call.bindings.to_vec();
+    bindings[0].index = attend_case::index_of(case.parts[0].clone());
+    case.call.bindings = bindings.into();
 }
 
 #[test]
@@ -98,6 +117,10 @@ fn fine_clusters_of_dropped_coarse_ones_are_never_read() {
         let spec =
             Spec { n_query: 1, n_prefix: 6000, n_cluster: 300, n_coarse: 60, mask: false, selection, ..Spec::base() };
         let mut case = Case::new(&spec);
+        for (h, j) in (0..2).flat_map(|h| (0..60).step_by(2).map(move |j| (h, j))) {
+            cancel_out(&mut case.parts[0].layers[0], h, j, 1.0);
+        }
+        rebind(&mut case);
         let gpu = OnGpu::new(&device, &case);
         let (opened, got) = gpu.with(|attention, workspace| {
             gpu.launch(attention);
@@ -105,23 +128,26 @@ fn fine_clusters_of_dropped_coarse_ones_are_never_read() {
             (opened, bits(&gpu.output()))
         });
         let layer = &mut case.parts[0].layers[0];
-        let mut n_poisoned = 0;
+        let (coarse_centroids, mut n_turned) = (layer.coarse_centroids.clone(), 0);
         for (h, opened) in opened.iter().enumerate() {
-            for i in (0..300).filter(|i| !opened.contains(i)) {
-                let at = h * 300 + i as usize;
-                // As large as can be: whoever read it would keep it, or see it in the mean.
-                layer.centroids[64 * at..64 * at + 64].fill(f16::MAX);
-                layer.mean_values[64 * at..64 * at + 64].fill(f16::MAX);
-                layer.variances[64 * at..64 * at + 64].fill(255);
-                layer.variance_scales[at] = 1e9;
-                layer.radii[at] = 1e9;
-                n_poisoned += 1;
+            let bounds = layer.view().head_coarse_offsets(h).to_vec();
+            for (j, run) in bounds.windows(2).enumerate().filter(|(_, run)| !opened.contains(&run[0])) {
+                // Whoever read these would keep the clusters, or see them in the mean.
+                for at in h * 300 + run[0] as usize..h * 300 + run[1] as usize {
+                    layer.mean_values[64 * at..64 * at + 64].fill(f16::MAX);
+                    layer.variances[64 * at..64 * at + 64].fill(255);
+                    layer.variance_scales[at] = 1e9;
+                    layer.radii[at] = 1e9;
+                }
+                if j % 2 == 0 {
+                    cancel_out(layer, h, j, -1.0);
+                    n_turned += run[1] - run[0];
+                }
             }
         }
-        assert!(n_poisoned > 300, "{n_poisoned} of 600 clusters were dropped");
-        let mut bindings = case.call.bindings.to_vec();
-        bindings[0].index = attend_case::index_of(case.parts[0].clone());
-        case.call.bindings = bindings.into();
+        assert!(n_turned > 100, "centroids of {n_turned} of 600 clusters were changed");
+        assert_eq!(layer.coarse_centroids, coarse_centroids);
+        rebind(&mut case);
         assert_eq!(outcome(&device, &case).0, got);
         // All of them read: the poison is one.
         case.call.selection.coarse_share = 1.0;

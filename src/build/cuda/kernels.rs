@@ -16,7 +16,6 @@ pub(super) struct OfSize {
     pub near: CUfunction,
     pub summary: CUfunction,
     pub mean_values: CUfunction,
-    pub coarse: CUfunction,
 }
 
 /// All of them.
@@ -54,7 +53,6 @@ impl Kernels {
                 near: of(centre, "near")?,
                 summary: of(summary, "summary")?,
                 mean_values: of(summary, "mean_values")?,
-                coarse: of(summary, "coarse")?,
             };
             Ok((d, kernels))
         };

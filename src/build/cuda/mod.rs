@@ -159,7 +159,9 @@ impl Clusterer {
             Ok(())
         });
         self.workspace = Some(workspace);
-        done.map(|()| made)
+        done?;
+        made.parts.coarse_centroids = self.pool.install(|| super::coarse_centroids(&made.parts.view()));
+        Ok(made)
     }
 
     fn shape(&self, layer: &DeviceLayer<'_>) -> Result<Shape, BuildError> {
@@ -304,7 +306,7 @@ fn empty(shape: &Shape, layer: &DeviceLayer<'_>) -> Clustered {
         radii: vec![0.0; rows],
         offsets: vec![0; rows + shape.n_head],
         members: vec![0; shape.n_head * shape.n_row],
-        coarse_centroids: zeros(shape.n_head * shape.n_coarse * shape.dk),
+        coarse_centroids: Vec::new(),
         coarse_offsets: Vec::new(),
     };
     Clustered { parts, sinks: zeros(shape.n_sink * shape.n_head * shape.dk), products: 0, copying: Duration::ZERO }
@@ -329,7 +331,7 @@ fn take(workspace: &Workspace, first: usize, n_head: usize, made: &mut Clustered
         }
     }
     let (batch, at) = (Batch(workspace, first, n_head), &workspace.at);
-    let Shape { n_row, n_cluster, n_coarse, dk, dv, n_sink, n_head: all, .. } = workspace.shape;
+    let Shape { n_row, n_cluster, dk, dv, n_sink, n_head: all, .. } = workspace.shape;
     let parts = &mut made.parts;
     batch.take(at.centroids, &mut parts.centroids, n_cluster * dk);
     batch.take(at.mean_values, &mut parts.mean_values, n_cluster * dv);
@@ -338,7 +340,6 @@ fn take(workspace: &Workspace, first: usize, n_head: usize, made: &mut Clustered
     batch.take(at.radii, &mut parts.radii, n_cluster);
     batch.take(at.start, &mut parts.offsets, n_cluster + 1);
     batch.take(at.members, &mut parts.members, n_row);
-    batch.take(at.coarse_centroids, &mut parts.coarse_centroids, n_coarse * dk);
     for (i, row) in batch.of::<f16>(at.sinks, n_head * n_sink * dk).chunks_exact(dk).enumerate() {
         let (head, sink) = (first + i / n_sink, i % n_sink);
         made.sinks[(sink * all + head) * dk..][..dk].copy_from_slice(row);

@@ -48,7 +48,6 @@ pub(super) struct Kmeans {
     pub variance_scales: u64,
     pub radii: u64,
     pub members: u64,
-    pub coarse_centroids: u64,
     pub seed: u64,
     pub layer: u32,
     pub first_head: u32,

@@ -85,14 +85,7 @@ impl Run<'_> {
     /// What the index stores.
     pub fn summarise(&self) -> Result<(), Error> {
         self.warps(self.keys.summary, self.base.n_cluster, &self.base)?;
-        self.warps(self.values.mean_values, self.base.n_cluster, &self.base)?;
-        let (n_coarse, n_head) = (self.workspace.shape.n_coarse as u32, self.base.n_head);
-        if n_coarse == 0 {
-            return Ok(());
-        }
-        let groups =
-            Kmeans { n_group: n_coarse, bounds: self.workspace.address(self.workspace.at.bounds), ..self.base };
-        self.launch(self.keys.coarse, [n_coarse, n_head, 1], THREADS, &groups)
+        self.warps(self.values.mean_values, self.base.n_cluster, &self.base)
     }
 
     /// Waits for all that was launched.

@@ -69,7 +69,6 @@ pub(super) struct Areas {
     pub variance_scales: usize,
     pub radii: usize,
     pub members: usize,
-    pub coarse_centroids: usize,
     bytes: usize,
 }
 
@@ -113,7 +112,6 @@ impl Shape {
             variance_scales: carver.area::<f32>(c),
             radii: carver.area::<f32>(c),
             members: carver.area::<u32>(n),
-            coarse_centroids: carver.area::<f16>(coarse * self.dk),
             bytes: carver.bytes,
         }
     }
@@ -173,7 +171,6 @@ impl Workspace {
             variance_scales: address(at.variance_scales),
             radii: address(at.radii),
             members: address(at.members),
-            coarse_centroids: address(at.coarse_centroids),
             n_prefix: shape.n_prefix as u32,
             n_sink: shape.n_sink as u32,
             n_row: shape.n_row as u32,

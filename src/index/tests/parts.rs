@@ -47,7 +47,7 @@ type Case = (&'static str, fn(&mut IndexParts));
 
 #[test]
 fn each_broken_rule_is_named() {
-    let cases: [Case; 47] = [
+    let cases: [Case; 49] = [
         ("leave none to cluster", |p| p.meta.n_window = 21),
         ("leave none to cluster", |p| (p.meta.n_sink, p.meta.n_window) = (u32::MAX, u32::MAX)),
         ("token id -1", |p| p.meta.tokens[5] = -1),
@@ -84,6 +84,8 @@ fn each_broken_rule_is_named() {
         ("variance scale", |p| p.layers[1].variance_scales[3] = f32::NAN),
         ("cluster offsets", |p| p.layers[0].offsets[1] = 0),
         ("coarse offsets", |p| p.layers[0].coarse_offsets[1] = 5),
+        ("layer 1: the coarse centroids", |p| p.layers[1].coarse_centroids[15] = f16::ONE),
+        ("layer 0: the coarse centroids", |p| p.layers[0].coarse_centroids.truncate(15)),
         ("members", |p| p.layers[1].members[20] = 2),
         ("elements of K", |p| p.sketch.k_dims[0] = 8),
         ("at least 1 of each", |p| p.sketch.v_dims.clear()),
@@ -118,4 +120,18 @@ fn a_probe_may_be_of_a_layer_that_is_not_indexed() {
     parts.probes.push(ProbeParts { layer: 2, tokens: vec![1], k: vec![f16::ONE; 6] });
     let index = open(&to_bytes(&parts).unwrap()).unwrap();
     assert_eq!(owned(&index), parts);
+}
+
+#[test]
+fn coarse_centroids_are_weighted_means_of_fine_ones() {
+    let mut parts = sample_parts(1, 32, 1, 1, 2, 1, 3);
+    let (n_sink, layer) = (parts.meta.n_sink, &mut parts.layers[0]);
+    layer.shape.n_coarse = 2;
+    (layer.offsets, layer.coarse_offsets) = (vec![0, 1, 4, 24], vec![0, 2, 3]);
+    layer.members = (n_sink..n_sink + 24).collect();
+    // Alone the largest number stays what it is; beside it 3 keys weigh three times as much as 1.
+    layer.centroids = [8.0, f32::from(f16::MAX), 4.0, f32::from(f16::MAX), 0.1, -3.0].map(f16::from_f32).to_vec();
+    layer.coarse_centroids = [5.0, f32::from(f16::MAX), 0.1, -3.0].map(f16::from_f32).to_vec();
+    let index = open(&to_bytes(&parts).unwrap()).unwrap();
+    assert_eq!(index.layer(0).unwrap().coarse_centroids, parts.layers[0].coarse_centroids);
 }

@@ -98,7 +98,7 @@ fn layers_are_found_by_number_and_sized() {
     assert!(index.layer(0).is_none() && index.layer(31).is_none() && index.layer(u32::MAX).is_none());
     assert_eq!(index.layer(30).unwrap().centroids, parts.layers[1].centroids);
     // 2 heads, 5 clusters of 4 and 3 dimensions, 2 coarse ones, 18 members.
-    let expected = 2 * (5 * (4 * 2 + 3 * 2 + 4 + 4 + 4) + 6 * 4 + 18 * 2 + 2 * 4 * 2 + 3 * 4);
+    let expected = 2 * (5 * (4 * 2 + 3 * 2 + 4 + 4 + 4) + 6 * 4 + 18 * 2 + 3 * 4);
     assert_eq!((index.layer_bytes(3), index.layer_bytes(30), index.layer_bytes(4)), (expected, expected, 0));
 }
 
