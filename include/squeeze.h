@@ -17,6 +17,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+struct ggml_context;
 struct ggml_tensor;
 
 /*
@@ -53,6 +54,19 @@ struct ggml_tensor;
  No bonus.
  */
 #define SQZ_SPREAD_NONE 2
+
+/*
+ Element types, numbered as in ggml_type. Quantised ones have blocks of 32.
+ */
+#define SQZ_TYPE_F32 0
+
+#define SQZ_TYPE_F16 1
+
+#define SQZ_TYPE_Q4_0 2
+
+#define SQZ_TYPE_Q8_0 8
+
+#define SQZ_TYPE_BF16 30
 
 /*
  What a function returns: SQZ_OK or an error in a number range of its own.
@@ -359,6 +373,91 @@ struct sqz_stats {
   double kept_share;
 };
 
+/*
+ A strided array in the host's memory, dimension 0 innermost, as ggml has them.
+ */
+struct sqz_array {
+  void *data;
+  /*
+   Elements per dimension.
+   */
+  int64_t ne[4];
+  /*
+   Bytes per step of a dimension; in dimension 0 those of an element, or of a block of a quantised type.
+   */
+  size_t nb[4];
+  /*
+   SQZ_TYPE_...
+   */
+  uint32_t kind;
+  uint32_t reserved;
+};
+
+/*
+ One attention call: dst = softmax(scale q k^T + mask) v, with the arrays and numbers of ggml_flash_attn_ext.
+ */
+struct sqz_attention {
+  size_t size;
+  /*
+   F32 [head_dim_k, n_query, n_head, n_stream].
+   */
+  struct sqz_array q;
+  /*
+   Any type, [head_dim_k, n_kv, n_head_kv, 1 or n_stream].
+   */
+  struct sqz_array k;
+  /*
+   Any type, [head_dim_v, n_kv, n_head_kv, 1 or n_stream].
+   */
+  struct sqz_array v;
+  /*
+   F16 [n_kv, >= n_query, 1 or n_head, 1 or n_stream], added to the scaled scores; data null: none.
+   */
+  struct sqz_array mask;
+  /*
+   F32 [head_dim_v, n_head, n_query, n_stream]: the result.
+   */
+  struct sqz_array dst;
+  /*
+   F32 [n_head]: one more score per head, which takes mass and gives nothing; null: none.
+   */
+  const float *sinks;
+  float scale;
+  /*
+   ALiBi; 0: none. Such a call is dense.
+   */
+  float max_bias;
+  /*
+   0: none.
+   */
+  float softcap;
+  /*
+   The index's layer. Without an index (null) the call is dense.
+   */
+  uint32_t layer;
+  const struct sqz_index *index;
+  /*
+   0: one per core.
+   */
+  uint32_t n_threads;
+  uint32_t reserved;
+};
+
+/*
+ What a call computed.
+ */
+struct sqz_attention_result {
+  size_t size;
+  /*
+   Query rows that were sparse; the others are dense.
+   */
+  uint64_t rows_sparse;
+  /*
+   Mean kept share of the prefix keys over those rows and the KV heads; 0 where there are none.
+   */
+  double kept_share;
+};
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -588,6 +687,58 @@ enum sqz_status sqz_get_stats(const struct sqz_context *context,
  Sets the counters of a context (null: of the process) to zero.
  */
 enum sqz_status sqz_reset_stats(const struct sqz_context *context);
+
+/*
+ Makes an attention node in place of ggml_flash_attn_ext, with its arguments and its result: F32
+ [head_dim_v, n_head, n_query, n_stream]. Null after an error (sqz_last_error), which is all that ggml's function aborts for.
+
+ The prefix's tokens must lie in cells 0 to P of K and V, in order, in each stream. A query row that its mask shows all of them
+ (without a mask: every row) attends to those that the context's settings select, and to all else that it sees; other rows are
+ dense. K and V are verified against the index, and are dense where they hold something else. Where no row can be sparse
+ (the layer is not in the index or has another shape, fewer cells, ALiBi, a head size or type that the kernels do not take), the
+ node is a plain GGML_OP_FLASH_ATTN_EXT.
+
+ Nodes are computed on the CPU, by the threads of ggml's CPU backend. The context must not be freed before the last graph with
+ the node was computed; the index may.
+
+ Pointers:
+ `ctx` is null or a live ggml context with room for the node; `q`, `k`, `v` and `mask` are null or live tensors.
+ */
+struct ggml_tensor *sqz_attn_ext(const struct sqz_context *context,
+                                 struct ggml_context *ctx,
+                                 struct ggml_tensor *q,
+                                 struct ggml_tensor *k,
+                                 struct ggml_tensor *v,
+                                 struct ggml_tensor *mask,
+                                 float scale,
+                                 float max_bias,
+                                 float softcap,
+                                 const struct sqz_index *index,
+                                 int32_t layer);
+
+/*
+ Has K and V verified in full when a node of the context is next computed: for a host that has changed the prefix's cells.
+ */
+enum sqz_status sqz_attn_forget(const struct sqz_context *context);
+
+/*
+ Computes attention over the host's buffers, on the CPU, with the settings of a context (which must not be null) on threads
+ of its own. `result` may be null.
+
+ The prefix's tokens must lie in cells 0 to P of K and V, in order, in each stream. A query row that its mask shows all of
+ them with the value 0 (without a mask: every row) attends to those that are selected, and to all else that it sees; other
+ rows are dense. K and V are verified against the index: in full at the first call, later in part, so that an edit of one
+ key is noticed within 512 calls, that of the last clustered token at once (sqz_attn_forget has it all verified again); where
+ they hold something else the call is dense. After SQZ_ERROR_UNSUPPORTED nothing was written. The context keeps an index that
+ it has computed with until it is freed.
+
+ Pointers:
+ `call` is null or has as many bytes as it says, and its arrays are valid in all of their extents; `result` is null or has as
+ many bytes as it says.
+ */
+enum sqz_status sqz_attention_compute(const struct sqz_context *context,
+                                      const struct sqz_attention *call,
+                                      struct sqz_attention_result *result);
 
 #ifdef __cplusplus
 }  // extern "C"

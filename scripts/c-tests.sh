@@ -32,6 +32,9 @@ test=("${CC:-cc}" -std=c99 "${strict[@]}" -g -O1 "$root/tests/c/abi.c")
 valgrind --quiet --error-exitcode=1 --leak-check=full --show-leak-kinds=definite,indirect --errors-for-leak-kinds=definite,indirect \
     "$tmp/abi" "$tmp"
 
+"${CC:-cc}" -std=c99 "${strict[@]}" -O2 "$root/examples/c/attend.c" -o "$tmp/attend" "${libs[@]}"
+"$tmp/attend" || fail "examples/c/attend.c failed"
+
 src=$("$root/scripts/llama-source.sh")
 built=$(ls -d "$release"/build/llama-cpp-sys-2-*/out | while read -r out; do if [[ -f $out/lib/libllama.so ]]; then echo "$out"; fi; done | head -n 1)
 [[ -n $built ]] || fail "llama.cpp is not built: run scripts/llama.sh"

@@ -12,7 +12,7 @@ if [[ $("$tool" --version 2> /dev/null) != "cbindgen $cbindgen" ]]; then
 fi
 tmp=$(mktemp -d); trap 'rm -rf "$tmp"' EXIT
 # As one file, in the order of the header: of a whole crate cbindgen would take every public constant.
-for part in status mod index builder context op; do
+for part in status mod index builder context op attention; do
     grep -v -e '^//!' -e '^mod ' "$root/src/capi/$part.rs"
 done > "$tmp/capi.rs"
 "$tool" --quiet --config "$root/cbindgen.toml" --output "$tmp/squeeze.h" "$tmp/capi.rs"

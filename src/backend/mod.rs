@@ -16,7 +16,7 @@ mod status;
 mod tensor;
 
 pub use capture::{Capture, CaptureError, DenseLayers};
-pub use op::{attn_ext, OpContext, OpOptions, Source};
+pub use op::{attn_ext, AttendError, Attended, OpContext, OpOptions, Source};
 pub use plugin::{register, registry};
 pub use rows::{is_quantised, Row};
 pub use runtime::{attach, configure, current, detach, enter, set_current, set_indexes, Entered, Scope};

@@ -1,6 +1,7 @@
 //! The C ABI: `include/squeeze.h` is generated from this folder (scripts/header.sh). Handles are numbers that are looked up,
 //! never followed; every other pointer is checked for null; errors are statuses; no panic crosses.
 
+mod attention;
 mod builder;
 mod context;
 mod handle;
@@ -18,6 +19,7 @@ use crate::backend;
 use status::sqz_status::*;
 use status::{fail, guard};
 
+pub use attention::*;
 pub use builder::*;
 pub use context::*;
 pub use index::*;

@@ -345,6 +345,128 @@ static void contexts(void) {
     FAILS(SQZ_ERROR_HANDLE, sqz_attach(NULL, index));
 }
 
+static struct sqz_array array_of(void *data, uint32_t kind, size_t element, int64_t n0, int64_t n1, int64_t n2) {
+    struct sqz_array a;
+    memset(&a, 0, sizeof a);
+    a.data = data;
+    a.kind = kind;
+    a.ne[0] = n0;
+    a.ne[1] = n1;
+    a.ne[2] = n2;
+    a.ne[3] = 1;
+    a.nb[0] = element;
+    a.nb[1] = element * (size_t)n0;
+    a.nb[2] = a.nb[1] * (size_t)n1;
+    a.nb[3] = a.nb[2] * (size_t)n2;
+    return a;
+}
+
+/* A call over an index's own keys, sparse and dense, and every way in which it can be wrong. */
+static void attention(void) {
+    enum { N = HEADS * GROUP * DIM };
+    struct sqz_builder *b = new_builder();
+    struct sqz_index *index = NULL;
+    struct sqz_context *context = NULL;
+    struct sqz_config config = sqz_config_default();
+    struct buffers buffers = random_layer();
+    struct sqz_layer layer = layer_of(3, buffers);
+    struct sqz_attention call, bad;
+    struct sqz_attention_result result;
+    static float q[N], dense[N], sparse[N];
+    static uint16_t mask[P];
+    int i;
+
+    CHECK(sqz_builder_add_layer(b, &layer) == SQZ_OK && sqz_builder_build(b, &index) == SQZ_OK);
+    CHECK(sqz_builder_free(b) == SQZ_OK);
+    config.min_prefix = 0;
+    config.share = 0.3f;
+    CHECK(sqz_context_new(&config, &context) == SQZ_OK);
+    memset(&call, 0, sizeof call);
+    call.size = sizeof call;
+    call.q = array_of(q, SQZ_TYPE_F32, 4, DIM, 1, HEADS * GROUP);
+    call.k = array_of(buffers.k, SQZ_TYPE_F16, 2, DIM, P, HEADS);
+    call.k.nb[1] = HEADS * DIM * 2;
+    call.k.nb[2] = DIM * 2;
+    call.v = call.k;
+    call.v.data = buffers.v;
+    call.dst = array_of(dense, SQZ_TYPE_F32, 4, DIM, HEADS * GROUP, 1);
+    call.scale = 0.125f;
+    call.n_threads = 2;
+    for (i = 0; i < N; i++) {
+        q[i] = 4 * uniform();
+    }
+    result.size = sizeof result;
+    CHECK(sqz_attention_compute(context, &call, &result) == SQZ_OK && result.rows_sparse == 0); /* no index */
+    call.index = index;
+    call.layer = 3;
+    call.dst.data = sparse;
+    CHECK(sqz_attention_compute(context, &call, &result) == SQZ_OK && result.rows_sparse == 1);
+    CHECK(result.kept_share > 0.25 && result.kept_share < 0.4 && memcmp(sparse, dense, sizeof dense) != 0);
+    CHECK(sqz_attention_compute(context, &call, NULL) == SQZ_OK); /* nobody asks */
+    call.mask = array_of(mask, SQZ_TYPE_F16, 2, P, 1, 1);
+    mask[7] = 0xfc00; /* one prefix cell is hidden: the row is dense */
+    CHECK(sqz_attention_compute(context, &call, &result) == SQZ_OK && result.rows_sparse == 0);
+    mask[7] = 0;
+    CHECK(sqz_attention_compute(context, &call, &result) == SQZ_OK && result.rows_sparse == 1);
+    call.layer = 4; /* not in the index */
+    CHECK(sqz_attention_compute(context, &call, &result) == SQZ_OK && result.rows_sparse == 0);
+    for (i = 0; i < N; i++) {
+        CHECK(fabsf(sparse[i] - dense[i]) < 1e-5f);
+    }
+    call.layer = 3;
+    buffers.k[(P - WINDOW - 1) * HEADS * DIM] ^= 0x0100; /* the last clustered token has changed */
+    CHECK(sqz_attention_compute(context, &call, &result) == SQZ_OK && result.rows_sparse == 0);
+    buffers.k[(P - WINDOW - 1) * HEADS * DIM] ^= 0x0100;
+    CHECK(sqz_attn_forget(context) == SQZ_OK);
+    CHECK(sqz_attention_compute(context, &call, &result) == SQZ_OK && result.rows_sparse == 1);
+
+    FAILS(SQZ_ERROR_NULL, sqz_attention_compute(NULL, &call, &result));
+    FAILS(SQZ_ERROR_NULL, sqz_attention_compute(context, NULL, &result));
+    FAILS(SQZ_ERROR_HANDLE, sqz_attention_compute((struct sqz_context *)index, &call, &result));
+    result.size = 0;
+    FAILS(SQZ_ERROR_SIZE, sqz_attention_compute(context, &call, &result));
+    result.size = sizeof result;
+#define WITH(change, status)                                            \
+    do {                                                                \
+        bad = call;                                                     \
+        change;                                                         \
+        FAILS(status, sqz_attention_compute(context, &bad, &result));   \
+    } while (0)
+    WITH(bad.size = 9, SQZ_ERROR_SIZE);
+    WITH(bad.q.data = NULL, SQZ_ERROR_NULL);
+    WITH(bad.k.data = NULL, SQZ_ERROR_NULL);
+    WITH(bad.dst.data = NULL, SQZ_ERROR_NULL);
+    WITH(bad.index = (struct sqz_index *)context, SQZ_ERROR_HANDLE);
+    WITH(bad.q.kind = SQZ_TYPE_F16, SQZ_ERROR_UNSUPPORTED);
+    WITH(bad.k.kind = 77, SQZ_ERROR_UNSUPPORTED);
+    WITH(bad.mask.kind = SQZ_TYPE_F32, SQZ_ERROR_UNSUPPORTED);
+    WITH(bad.k.ne[1] = 0, SQZ_ERROR_ARGUMENT);
+    WITH(bad.k.ne[1] = -5, SQZ_ERROR_ARGUMENT);
+    WITH(bad.k.ne[3] = INT64_MAX, SQZ_ERROR_ARGUMENT);
+    WITH(bad.v.ne[1] = P - 1, SQZ_ERROR_UNSUPPORTED);
+    WITH(bad.dst.ne[1] = 1, SQZ_ERROR_UNSUPPORTED);
+    WITH(bad.k.nb[0] = 4, SQZ_ERROR_UNSUPPORTED);
+    WITH(bad.k.nb[1] = 3, SQZ_ERROR_ARGUMENT);
+    WITH(bad.q.data = (char *)q + 1, SQZ_ERROR_ARGUMENT);
+    WITH(bad.q.ne[0] = bad.k.ne[0] = 60, SQZ_ERROR_UNSUPPORTED);
+    WITH(bad.mask.ne[0] = P - 1, SQZ_ERROR_UNSUPPORTED);
+    WITH(bad.scale = NAN, SQZ_ERROR_ARGUMENT);
+    WITH((bad.max_bias = 1, bad.mask.data = NULL), SQZ_ERROR_UNSUPPORTED);
+#undef WITH
+    FAILS(SQZ_ERROR_NULL, sqz_attn_forget(NULL));
+    CHECK(sqz_attn_ext(NULL, NULL, NULL, NULL, NULL, NULL, 1, 0, 0, index, 0) == NULL && sqz_last_error()[0] != 0);
+    CHECK(sqz_attn_ext(context, NULL, NULL, NULL, NULL, NULL, 1, 0, 0, index, 0) == NULL);
+    CHECK(sqz_attn_ext(context, NULL, NULL, NULL, NULL, NULL, 1, 0, 0, index, -1) == NULL);
+
+    CHECK(sqz_index_free(index) == SQZ_OK); /* the context keeps what it has computed with */
+    FAILS(SQZ_ERROR_HANDLE, sqz_attention_compute(context, &call, &result));
+    call.index = NULL;
+    CHECK(sqz_attention_compute(context, &call, &result) == SQZ_OK && result.rows_sparse == 0);
+    CHECK(sqz_context_free(context) == SQZ_OK);
+    FAILS(SQZ_ERROR_HANDLE, sqz_attention_compute(context, &call, &result));
+    release(buffers);
+}
+
 static void keep_line(const char *line, void *user_data) {
     snprintf((char *)user_data, 1000, "%s", line);
 }
@@ -371,6 +493,7 @@ int main(int argc, char **argv) {
     builder_errors();
     index_use(argv[1]);
     contexts();
+    attention();
     printf("%d checks passed\n", n_checks);
     return 0;
 }

@@ -2,6 +2,7 @@
 //! threads. Nothing is searched for: the prefix's tokens lie in cells 0 to P of K and V, in order. But what lies there is
 //! verified (`places`), and a node computes densely where it is something else (`run`).
 
+mod buffers;
 mod places;
 mod run;
 #[cfg(test)]
@@ -19,6 +20,7 @@ use super::tensor::{Inputs, Tensor};
 use crate::attention::cpu::{check_problem, check_shape, Memory};
 use crate::attention::{Array, Problem};
 use crate::index::Index;
+pub use buffers::{AttendError, Attended};
 use places::Place;
 use run::{run_node, Runs};
 
@@ -55,6 +57,7 @@ struct Shared {
     runs: Runs,
     /// One for each node that is run at a time.
     memory: Mutex<Vec<Memory>>,
+    pool: buffers::Pool,
     #[cfg(test)]
     panics: std::sync::atomic::AtomicUsize,
 }
@@ -83,6 +86,7 @@ impl OpContext {
             options,
             runs: Runs::default(),
             memory: Mutex::default(),
+            pool: buffers::Pool::default(),
             #[cfg(test)]
             panics: Default::default(),
         };

@@ -11,7 +11,7 @@ use ggml_sys as sys;
 
 use super::places::{Check, Task};
 use super::{lock, numbers, Shared, State};
-use crate::attention::cpu::{Memory, Plan};
+use crate::attention::cpu::{Kept, Memory, Plan};
 use crate::attention::{Binding, Call, Problem, Rotation, Row};
 use crate::backend::graph::{shown, tiles};
 use crate::backend::runtime::{count, enter, selection, snapshot, Snapshot};
@@ -40,7 +40,7 @@ impl Runs {
 }
 
 #[derive(Default)]
-struct Run {
+pub(super) struct Run {
     job: OnceLock<Job>,
     next: AtomicUsize,
     done: AtomicUsize,
@@ -48,6 +48,13 @@ struct Run {
     /// A thread panicked: nobody waits any longer.
     failed: AtomicBool,
     left: AtomicUsize,
+}
+
+impl Run {
+    /// Tells the others that a thread of theirs panicked.
+    pub(super) fn fail(&self) {
+        self.failed.store(true, Ordering::Release);
+    }
 }
 
 /// What the first thread found.
@@ -79,19 +86,17 @@ pub(super) unsafe extern "C" fn run_node(dst: *mut sys::ggml_tensor, ith: c_int,
     let (ith, nth) = (ith as usize, nth as usize);
     let (run, first) = state.shared.runs.join(dst as usize, nth);
     // SAFETY: the node that is being computed, and its sources.
-    let work = AssertUnwindSafe(|| unsafe { state.work(&run, dst, first, ith, nth) });
+    let work = AssertUnwindSafe(|| unsafe { state.work(&run, &|| problem_of(dst), first, ith, nth) });
     if catch_unwind(work).is_err() {
-        run.failed.store(true, Ordering::Release);
+        run.fail();
     }
     if run.left.fetch_add(1, Ordering::AcqRel) + 1 < nth {
         return;
     }
     // All threads have left, and what they wrote is seen.
-    if run.failed.load(Ordering::Acquire) {
+    if state.shared.finish(&run).is_none() {
         // SAFETY: as above.
         unsafe { recompute(dst, state) };
-    } else {
-        state.shared.finish(&run);
     }
 }
 
@@ -115,13 +120,16 @@ fn wait<'a, T>(cell: &'a OnceLock<T>, failed: &AtomicBool) -> Option<&'a T> {
 }
 
 impl State {
+    /// What one of `nth` threads does.
+    ///
     /// # Safety
-    /// `dst` is the node that is being computed.
-    unsafe fn work(&self, run: &Run, dst: *mut sys::ggml_tensor, first: bool, ith: usize, nth: usize) {
+    /// The problem's arrays are valid and unchanged until all threads have left; it is one that the kernels take. Each thread is
+    /// here once, and one of them is the first.
+    pub(super) unsafe fn work(&self, run: &Run, problem: &dyn Fn() -> Problem, first: bool, ith: usize, nth: usize) {
         if first {
             let _entered = enter(&self.shared.scope);
             // SAFETY: the contract.
-            let job = unsafe { self.job(dst) };
+            let job = unsafe { self.job(problem()) };
             let nothing_to_do = job.tasks.is_empty();
             let job = run.job.get_or_init(|| job);
             if nothing_to_do {
@@ -146,10 +154,8 @@ impl State {
     }
 
     /// # Safety
-    /// `dst` is the node that is being computed.
-    unsafe fn job(&self, dst: *mut sys::ggml_tensor) -> Job {
-        // SAFETY: the contract.
-        let problem = unsafe { problem_of(dst) };
+    /// The mask can be read in all of its extents.
+    unsafe fn job(&self, problem: Problem) -> Job {
         let snapshot = snapshot();
         let config = &snapshot.config;
         let mut job = Job {
@@ -249,14 +255,18 @@ impl State {
 }
 
 impl Shared {
-    /// Books a computation that all threads have left.
-    fn finish(&self, run: &Run) {
-        let (Some(job), Some(Planned { plan, memory, booked })) = (run.job.get(), run.planned.get()) else { return };
+    /// Books a computation that all threads have left: rows that were sparse, and what they kept. None where a thread
+    /// panicked.
+    pub(super) fn finish(&self, run: &Run) -> Option<(usize, Kept)> {
+        if run.failed.load(Ordering::Acquire) {
+            return None;
+        }
+        let (job, Planned { plan, memory, booked }) = (run.job.get()?, run.planned.get()?);
         lock(&self.memory).extend(lock(memory).take());
         let _entered = enter(&self.scope);
+        let kept = if booked.is_ok() { plan.kept() } else { Kept::default() };
         count(|s| match booked {
             Ok(n_row) => {
-                let kept = plan.kept();
                 s.nodes_sparse += 1;
                 s.rows_sparse += *n_row as u64;
                 s.add_kept(kept.share_sum, kept.count);
@@ -265,6 +275,7 @@ impl Shared {
             Err(Some(reason)) => s.dense(*reason),
             Err(None) => s.nodes_forced += u64::from(job.snapshot.config.force),
         });
+        Some((booked.unwrap_or(0), kept))
     }
 }
 
