@@ -15,7 +15,7 @@ git -C "$root" --no-pager diff --stat -- ffi || true
 
 # In a build of its own: nothing of the pinned llama.cpp is in it.
 export CARGO_TARGET_DIR=$out
-(cd "$root" && cargo test --release -p ggml-squeeze-sys -p ggml-squeeze && cargo build --release -p ggml-squeeze)
+(cd "$root" && cargo test --release -p ggml-squeeze && cargo build --release -p ggml-squeeze)
 ln -f "$out/release/libggml_squeeze.so" "$out/release/libggml-squeeze.so"
 
 for name in $(compgen -e | grep -E '^(GGML|CMAKE)_'); do unset "$name"; done
