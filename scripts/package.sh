@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Packages what `make release` has built: a tar.gz that runs from any folder, a .deb for /usr, and SHA256SUMS, in target/package.
-# The same sources, compiler and commit give the same bytes. The licence texts of all dependencies go in, collected by a pinned
+# The same build packed again gives the same bytes. The licence texts of all dependencies go in, collected by a pinned
 # cargo-about, which is installed below target/tools where it is missing (minutes).
 # Usage: package.sh     Without dpkg-dev there is no .deb.
 set -euo pipefail
