@@ -27,6 +27,10 @@ doc=$tmp/$name/share/doc/ggml-squeeze
 (cd "$root" && "$tool" generate --frozen --workspace --fail -c packaging/about.toml -o "$doc/LICENSES-crates.txt" packaging/about.hbs)
 [[ $(grep -c '^---' "$doc/LICENSES-crates.txt") -ge 10 ]] || fail "cargo-about found too few licences"
 install -m 644 "$("$root/scripts/llama-source.sh")/LICENSE" "$doc/LICENSE-llama.cpp"
+# The fonts that sqz draws with are under another licence than the crate that has them.
+crate=$(cd "$root" && cargo metadata --format-version 1 --frozen |
+    python3 -c 'import json, sys; print(*[p["manifest_path"] for p in json.load(sys.stdin)["packages"] if p["name"] == "dejavu"])')
+install -m 644 "${crate%/*}"/assets/dejavu-fonts-*/LICENSE "$doc/LICENSE-dejavu-fonts"
 std=$(rustc --print sysroot)/share/doc/rust/COPYRIGHT-library.html
 [[ -f $std ]] || fail "$std, the licences of Rust's standard library, is missing: build with a toolchain of rustup"
 install -m 644 "$std" "$doc/LICENSES-rust-std.html"
@@ -44,8 +48,8 @@ if command -v dpkg-deb dpkg-shlibdeps > /dev/null; then
     mv "$deb/usr/share/zsh/site-functions/_sqz" "$deb/usr/share/zsh/vendor-completions/"
     rmdir "$deb/usr/share/zsh/site-functions"
     {
-        echo "ggml-squeeze is under the licence below. The programs and libraries also hold parts of llama.cpp (LICENSE-llama.cpp),"
-        echo "Rust crates (LICENSES-crates.txt) and Rust's standard library (LICENSES-rust-std.html), in this folder."
+        echo "ggml-squeeze is under the licence below. The programs and libraries also hold llama.cpp (LICENSE-llama.cpp), Rust crates"
+        echo "(LICENSES-crates.txt), Rust's standard library (LICENSES-rust-std.html) and fonts (LICENSE-dejavu-fonts); all in this folder."
         echo
         cat "$root/LICENSE"
     } > "$deb/usr/share/doc/ggml-squeeze/copyright"
