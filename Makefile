@@ -10,7 +10,7 @@ ifneq ($(and $(if $(CUDA_HOME),,unset),$(wildcard $(CUDA_DIR)/bin/nvcc)),)
 export CUDA_HOME := $(CUDA_DIR)
 endif
 
-.PHONY: build plugin release test demo lint deny setup llama models bindings clean
+.PHONY: build plugin release install package test demo lint deny setup llama models bindings clean
 
 build: plugin
 
@@ -24,6 +24,14 @@ release: setup
 	CUDA_HOME=$$(scripts/cuda.sh) GGML_SQUEEZE_CUDA_ARCHS="80 86 89 90 100 120" $(MAKE) plugin
 	scripts/kernels.sh
 
+# Into an absolute PREFIX, with DESTDIR in front of it; builds nothing, so that it can run as root.
+PREFIX ?= /usr/local
+install:
+	DESTDIR="$(DESTDIR)" scripts/install.sh "$(PREFIX)"
+
+package: release
+	scripts/package.sh
+
 # --workspace throughout: another set of packages gives llama-cpp-sys-2 other build dependencies, hence a second build of it.
 test: export CUDA_HOME := $(or $(CUDA_HOME),$(CUDA_DIR))
 test: setup
@@ -35,6 +43,7 @@ test: setup
 	scripts/models.sh "$${SQZ_MODELS:-$(TARGET)/models}" gemma
 	$(MAKE) plugin
 	scripts/kernels.sh
+	scripts/check-install.sh
 	cargo test --release --workspace
 	scripts/c-tests.sh
 	scripts/conformance.sh

@@ -10,6 +10,7 @@ pub mod info;
 pub mod inspect;
 pub mod llama;
 pub mod metrics;
+pub mod pages;
 pub mod plot;
 pub mod progress;
 pub mod random_model;

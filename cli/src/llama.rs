@@ -19,6 +19,21 @@ pub use model::Model;
 static VERBOSE: AtomicBool = AtomicBool::new(false);
 static LAST_ERROR: Mutex<String> = Mutex::new(String::new());
 
+/// llama.cpp's short options of several letters, and the long one of each.
+pub const SHORT_OPTIONS: [(&str, &str); 6] = [
+    ("-ub", "ubatch-size"),
+    ("-ngl", "n-gpu-layers"),
+    ("-dev", "device"),
+    ("-fa", "flash-attn"),
+    ("-ctk", "cache-type-k"),
+    ("-ctv", "cache-type-v"),
+];
+
+/// The long option of one of `SHORT_OPTIONS`.
+pub fn long_option(short: &str) -> Option<&'static str> {
+    SHORT_OPTIONS.iter().find(|(name, _)| *name == short).map(|(_, long)| *long)
+}
+
 /// llama.cpp's `-fa`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Flash {
@@ -67,7 +82,7 @@ pub struct ModelArgs {
 #[derive(Clone, Debug, Default, PartialEq, clap::Args)]
 pub struct GpuArgs {
     /// Layers on the GPU (-ngl) [default: all, where a GPU backend is loaded]
-    #[arg(long, value_name = "N")]
+    #[arg(long, visible_alias = "gpu-layers", value_name = "N")]
     pub n_gpu_layers: Option<u32>,
     /// Devices that layers are offloaded to (-dev), separated by commas; none: the CPU alone [default: all GPUs]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
@@ -206,15 +221,28 @@ fn cause() -> String {
     }
 }
 
-/// Sends llama.cpp's log to stderr (`verbose`) or nowhere, and loads ggml's backends: those of the folder SQZ_BACKENDS, or those
-/// built beside it. Once, first.
+/// Folder of ggml's backends: SQZ_BACKENDS, else that of an installation, else where cargo built them.
+///
+/// # Errors
+/// There is none of them.
+fn backends() -> Result<PathBuf> {
+    let given = std::env::var_os("SQZ_BACKENDS").filter(|folder| !folder.is_empty()).map(PathBuf::from);
+    let installed = || {
+        let program = std::env::current_exe().ok()?;
+        let folder = program.parent()?.parent()?.join("lib/ggml-squeeze");
+        folder.is_dir().then_some(folder)
+    };
+    let built = || sys::BACKENDS_DIR.map(PathBuf::from);
+    given
+        .or_else(installed)
+        .or_else(built)
+        .context("llama-cpp-sys-2 was built without dynamic backends: build with its feature")
+}
+
+/// Sends llama.cpp's log to stderr (`verbose`) or nowhere, and loads ggml's backends. Once, first.
 pub fn start(verbose: bool) -> Result<()> {
     VERBOSE.store(verbose, Ordering::Relaxed);
-    let given = std::env::var("SQZ_BACKENDS").ok().filter(|folder| !folder.is_empty());
-    let built = || sys::BACKENDS_DIR.map(str::to_string);
-    let folder =
-        given.or_else(built).context("llama-cpp-sys-2 was built without dynamic backends: build with its feature")?;
-    let folder = CString::new(folder)?;
+    let folder = c_path(&backends()?)?;
     // This program has the plugin linked in; a second copy of it must not patch the same device.
     if std::env::var("GGML_BACKEND_PATH").is_ok_and(|p| p.contains("squeeze")) {
         std::env::remove_var("GGML_BACKEND_PATH");
@@ -226,7 +254,7 @@ pub fn start(verbose: bool) -> Result<()> {
         sys::llama_backend_init();
         ensure!(
             sys::ggml_backend_dev_count() > 0,
-            "no ggml backend could be loaded from {}: build sqz again (cargo build --release --workspace)",
+            "no ggml backend could be loaded from {}: build or install sqz again, or name the folder by SQZ_BACKENDS",
             folder.to_string_lossy()
         );
     }

@@ -3,8 +3,8 @@
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::Parser;
-use sqz::{bench, build_cmd, eval, extend_cmd, facts, info, inspect, llama, random_model, run};
+use clap::{CommandFactory, Parser};
+use sqz::{bench, build_cmd, eval, extend_cmd, facts, info, inspect, llama, pages, random_model, run};
 
 #[derive(Parser)]
 #[command(name = "sqz", version, about, arg_required_else_help = true)]
@@ -35,21 +35,11 @@ enum Command {
     /// Write a model of random weights, for `bench --synthetic-index`
     #[command(hide = true)]
     RandomModel(random_model::RandomModelArgs),
+    /// Write the man pages and the completions of bash, zsh and fish
+    #[command(hide = true)]
+    Pages(pages::PagesArgs),
     /// Show versions, devices, kernels and defaults
     Info(info::InfoArgs),
-}
-
-/// llama.cpp's short options of several letters, as long ones.
-fn long_option(arg: OsString) -> OsString {
-    match arg.to_str() {
-        Some("-ub") => "--ubatch-size".into(),
-        Some("-ngl") => "--n-gpu-layers".into(),
-        Some("-dev") => "--device".into(),
-        Some("-fa") => "--flash-attn".into(),
-        Some("-ctk") => "--cache-type-k".into(),
-        Some("-ctv") => "--cache-type-v".into(),
-        _ => arg,
-    }
 }
 
 impl Command {
@@ -65,23 +55,22 @@ impl Command {
             Command::Eval(args) => start().and_then(|()| eval::run(&args)),
             Command::Bench(args) => start().and_then(|()| bench::run(&args)),
             Command::RandomModel(args) => random_model::run(&args),
+            Command::Pages(args) => pages::run(&args, Cli::command()),
             Command::Info(args) => start().and_then(|()| info::run(&args)),
         }?;
         Ok(ExitCode::SUCCESS)
     }
 }
 
-/// Our own arguments; those of a program behind `--` stay as they are.
+/// Our own arguments, with llama.cpp's short options of several letters as long ones; those of a program behind `--` stay as
+/// they are.
 fn arguments(given: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let mut ours = true;
     given
         .map(|arg| {
             ours &= arg != "--";
-            if ours {
-                long_option(arg)
-            } else {
-                arg
-            }
+            let long = arg.to_str().filter(|_| ours).and_then(llama::long_option);
+            long.map_or(arg, |name| format!("--{name}").into())
         })
         .collect()
 }
@@ -100,7 +89,6 @@ fn main() -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_options_are_consistent() {
@@ -118,6 +106,21 @@ mod tests {
         assert_eq!(build.model.cache_types(), "q8_0/f16");
         let wrong = parse(&[&given[..], &["-ctv", "q5_1"]].concat()).err().unwrap().to_string();
         assert!(wrong.contains("f32, f16, bf16, q8_0, q4_0"), "{wrong}");
+    }
+
+    #[test]
+    fn every_command_names_llama_cpps_short_options_in_its_help() {
+        let mut command = Cli::command();
+        command.build();
+        let mut seen = 0;
+        for option in command.get_subcommands().flat_map(|c| c.get_arguments()) {
+            let short = llama::SHORT_OPTIONS.iter().find(|(_, long)| option.get_long() == Some(*long));
+            let Some((short, long)) = short else { continue };
+            let help = option.get_help().map(|h| h.to_string()).unwrap_or_default();
+            assert!(help.contains(&format!("({short})")), "--{long}: {help}");
+            seen += 1;
+        }
+        assert!(seen >= 4 * llama::SHORT_OPTIONS.len(), "build, extend, eval and bench have all of them: {seen}");
     }
 
     #[test]

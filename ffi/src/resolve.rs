@@ -134,7 +134,8 @@ impl Api {
         }
         Err(format!(
             "no loaded library has all the functions of ggml {VERSION} that ggml-squeeze calls; {name} is missing \
-             ({fewest} in all): the host must be built with shared ggml libraries (BUILD_SHARED_LIBS=ON) of that version"
+             ({fewest} in all): the host must have that version in shared libraries (BUILD_SHARED_LIBS=ON), or export its \
+             own functions (-rdynamic)"
         ))
     }
 
