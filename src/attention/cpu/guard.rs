@@ -12,15 +12,12 @@ use super::Path;
 use crate::attention::{Array, Element, Problem};
 use crate::index::LayerView;
 
-/// Distance of a row from the row that was indexed, relative to the usual norm of a cluster's rows, that is taken for rounding:
-/// twice what other batch shapes do to one (docs/op.md). Such errors are independent: those of a mean are allowed the root of
-/// the number of rows less.
-const ROW_TOLERANCE: f64 = 0.03;
 /// Half precision of the stored means.
 const MEAN_ROUNDING: f64 = 1.0 / 2048.0;
 /// The same for numbers too small for full precision.
 const SMALLEST: f64 = 1.0 / (1u64 << 24) as f64;
-/// A quantised row may differ by this many times the variance of a step of its scale. Hundreds of errors are in a sum.
+/// An element of a quantised row may be half a step of its scale away: in the square, three times the variance of a rounding
+/// error. Such errors may all be of one sign (elements that are small beside the largest of their block), and a mean keeps them.
 const NOISE_ALLOWANCE: f64 = 3.0;
 
 /// One stream of a call, held against one layer of an index.
@@ -28,6 +25,7 @@ pub struct Guard<'a> {
     problem: &'a Problem,
     view: LayerView<'a>,
     stream: usize,
+    tolerance: f64,
     path: Path,
 }
 
@@ -39,9 +37,11 @@ struct Half<'a> {
 }
 
 impl<'a> Guard<'a> {
-    /// For a problem that passed `check_problem` and `check_shape` and has a cell for each token of the prefix.
-    pub fn new(problem: &'a Problem, view: LayerView<'a>, stream: usize) -> Guard<'a> {
-        Guard { problem, view, stream, path: Path::detect() }
+    /// For a problem that passed `check_problem` and `check_shape` and has a cell for each token of the prefix. `tolerance`:
+    /// distance of a row from the row that was indexed, relative to the usual norm of its cluster's rows, that is taken for
+    /// rounding. Such errors are independent: those of a mean are allowed the root of the number of rows less.
+    pub fn new(problem: &'a Problem, view: LayerView<'a>, stream: usize, tolerance: f32) -> Guard<'a> {
+        Guard { problem, view, stream, tolerance: tolerance.into(), path: Path::detect() }
     }
 
     fn halves(&self) -> [Half<'a>; 2] {
@@ -107,8 +107,8 @@ impl<'a> Guard<'a> {
             distance += (f64::from(*sum) / n - stored).powi(2);
             norm += stored * stored;
         }
-        let row = ROW_TOLERANCE * ROW_TOLERANCE * squares / n;
-        let allowed = (row + NOISE_ALLOWANCE * noise / n) / n
+        let allowed = self.tolerance * self.tolerance * squares / n / n
+            + NOISE_ALLOWANCE * noise / n
             + MEAN_ROUNDING * MEAN_ROUNDING * norm
             + SMALLEST * SMALLEST * d as f64;
         distance <= allowed && allowed < f64::INFINITY

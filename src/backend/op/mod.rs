@@ -25,8 +25,11 @@ use places::Place;
 use run::{run_node, Runs};
 
 /// How a context checks that K and V hold the prefix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct OpOptions {
+    /// How far a row of K or V may be from the row that was indexed, relative to the usual norm, when means are compared: 0.03.
+    /// For a prefix that was processed token by token and indexed from batches 0.12 (docs/op.md).
+    pub tolerance: f32,
     /// Runs in which every clustered token is compared once, in turn. An edit of one is found within so many runs, in half as
     /// many on average; that of the last one always at once. 1: every token in every run, at about the cost of dense attention.
     pub round: usize,
@@ -37,7 +40,7 @@ pub struct OpOptions {
 
 impl Default for OpOptions {
     fn default() -> Self {
-        OpOptions { round: 512, max_places: 32 }
+        OpOptions { tolerance: 0.03, round: 512, max_places: 32 }
     }
 }
 
@@ -115,11 +118,11 @@ impl OpContext {
     /// Address of the state of an index's layer.
     fn state(&self, index: &Arc<Index>, layer: u32) -> *const State {
         let mut states = lock(&self.states);
-        let same = |state: &&Box<State>| Arc::ptr_eq(&state.index, index);
-        if let Some(state) = states.iter().filter(same).find(|state| state.layer == layer) {
+        let mut same = states.iter().filter(|state| Arc::ptr_eq(&state.index, index)).peekable();
+        let cells = same.peek().map(|state| state.cells.clone());
+        if let Some(state) = same.find(|state| state.layer == layer) {
             return &raw const **state;
         }
-        let cells = states.iter().find(same).map(|state| state.cells.clone());
         let cells = cells.unwrap_or_else(|| (0..index.meta().n_prefix() as u32).collect());
         let (shared, index) = (self.shared.clone(), index.clone());
         let (always, places) = (Mutex::new((0, Arc::default())), Mutex::default());

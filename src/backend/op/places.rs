@@ -66,7 +66,7 @@ impl State {
 
     /// Begins a check of each of the `streams`.
     pub(super) fn checks(&self, problem: &Problem, streams: &[usize]) -> (Vec<Check>, Vec<Task>) {
-        let (n, OpOptions { round, max_places }) = (self.n_clustered(), self.shared.options);
+        let (n, OpOptions { round, max_places, .. }) = (self.n_clustered(), self.shared.options);
         let (mut checks, mut tasks) = (Vec::new(), Vec::new());
         let mut places = lock(&self.places);
         for &stream in streams {
@@ -116,7 +116,7 @@ impl State {
         let (Task::Means(number, ..) | Task::Note(number, ..) | Task::Compare(number, ..)) = task;
         let check = &checks[*number];
         let Some(view) = self.index.layer(self.layer) else { return };
-        let guard = Guard::new(problem, view, check.stream);
+        let guard = Guard::new(problem, view, check.stream, self.shared.options.tolerance);
         let n_sink = self.index.meta().n_sink as usize;
         // SAFETY: the contract.
         let digest = |token: usize| unsafe { guard.digest(n_sink + token) };

@@ -200,9 +200,10 @@ impl State {
                 let what = "K or V does not hold the prefix of the index in its first cells: dense";
                 log(format_args!("attention op of layer {}, stream {}: {what}", self.layer, check.stream));
             }
-            for row in check.stream * n_query..(check.stream + 1) * n_query {
-                if holds && job.sees[row] {
-                    rows[row] = Row::Sparse(0);
+            let own = check.stream * n_query..(check.stream + 1) * n_query;
+            for (row, sees) in rows[own.clone()].iter_mut().zip(&job.sees[own]) {
+                if holds && *sees {
+                    *row = Row::Sparse(0);
                 }
             }
         }

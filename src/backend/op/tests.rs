@@ -24,6 +24,8 @@ const N_KV: usize = 300;
 struct Case {
     context: OpContext,
     node: Box<sys::ggml_tensor>,
+    // boxed: the node holds their addresses
+    #[allow(clippy::vec_box)]
     _sources: Vec<Box<sys::ggml_tensor>>,
     _data: Vec<Vec<u8>>,
     state: *const State,
