@@ -41,8 +41,14 @@ built=$(ls -d "$release"/build/llama-cpp-sys-2-*/out | while read -r out; do if 
 # An old-style rpath: it serves the libraries' own dependencies too, which carry none.
 llama=(-I"$src/include" -I"$src/ggml/include" -I"$root/include" -L"$built/lib" -Wl,-rpath,"$built/lib"
     -Wl,--disable-new-dtags)
-"${CXX:-c++}" -std=c++17 -Wall -Wextra -Werror -O2 "$root/examples/cpp/llama_host.cpp" -o "$tmp/llama_host" "${llama[@]}" \
-    "${libs[@]}" -lllama -lggml -lggml-base
+for example in ggml_graph llama_host; do
+    "${CXX:-c++}" -std=c++17 -Wall -Wextra -Werror -O2 "$root/examples/cpp/$example.cpp" -o "$tmp/$example" "${llama[@]}" \
+        "${libs[@]}" -lllama -lggml -lggml-base
+done
+"$tmp/ggml_graph" "$built/build/bin" 2> "$tmp/log" || {
+    tail -n 20 "$tmp/log" >&2
+    fail "examples/cpp/ggml_graph.cpp failed"
+}
 head -c 6000 "$root/docs/server.md" > "$tmp/text.txt"
 "$tmp/llama_host" "$models/smollm2-135m.gguf" "$tmp/text.txt" $'\nIn one sentence, this text is about' "$tmp/kept.sqz.gguf" \
     "$built/build/bin" 2> "$tmp/log" || {
