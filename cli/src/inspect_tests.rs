@@ -88,7 +88,9 @@ fn json_has_the_same_data() {
     assert_eq!(layers.as_u64().unwrap() + other.as_u64().unwrap(), index.file_bytes());
     assert_eq!(layers.as_u64().unwrap(), index.layer_bytes(0) + index.layer_bytes(1));
     assert_eq!(json["total"]["cache_bytes"], 200 * 2 * 2 * (4 + 3) * 2);
-    assert_eq!(json["total"]["cache_share"], index.file_bytes() as f64 / 11200.0);
+    let share = json["total"]["cache_share"].as_f64().unwrap();
+    // The parser may miss the last bit.
+    assert!((share - index.file_bytes() as f64 / 11200.0).abs() < 1e-12, "{share}");
 }
 
 #[test]
