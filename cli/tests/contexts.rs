@@ -31,7 +31,8 @@ fn answer(context: &mut Context, question: &[i32]) -> Vec<f32> {
 #[test]
 fn contexts_keep_to_themselves_and_indexes_come_and_go() {
     let folder = tempfile::tempdir().unwrap();
-    let path = common::build(folder.path(), &common::text(1300), &[]);
+    // Graphs of few tokens, whose attention llama.cpp sums less exactly: every layer must be captured even so.
+    let path = common::build(folder.path(), &common::text(1300), &["--ubatch-size", "48"]);
     start(false).unwrap();
     assert_eq!(sqz_register(), SQZ_OK);
     let model = Model::load(&common::model()).unwrap();

@@ -16,11 +16,12 @@ use crate::build::{cache_blocks, LayerCapture};
 use crate::hadamard::rotate;
 use crate::index::Rope;
 
-/// Relative error above which captured K, Q and V are taken to be something else than the op's. Half precision sums in
-/// llama.cpp's kernels stay near 0.002; a wrong layout is at 1.
-const VERIFY_TOLERANCE: f32 = 0.02;
-/// The same of a quantised K cache, where llama.cpp's kernel rounds the queries to Q8_0 too.
-const VERIFY_TOLERANCE_QUANTISED: f32 = 0.1;
+/// Relative error above which captured K, Q and V are taken to be something else than the op's. A wrong layout is at 1.
+/// llama.cpp's kernels stay near 0.0001; with a quantised K cache, where they round the queries too, below 0.1.
+const VERIFY_TOLERANCE: f32 = 0.1;
+/// The same where the op had so few query rows that llama.cpp's CPU sums values in F16: above 0.1 behind 6480 tokens.
+const VERIFY_TOLERANCE_FEW: f32 = 0.5;
+const FEW_ROWS: usize = 64;
 /// Heads per layer that are checked so.
 const VERIFY_HEADS: usize = 4;
 
@@ -50,8 +51,9 @@ struct Layer {
     sinks: Vec<f32>,
     /// `[W][n_head][head_dim_k]`.
     q: Vec<f32>,
-    /// Output of the last prefix token, `[n_head][head_dim_v]`.
+    /// Output of the last prefix token, `[n_head][head_dim_v]`, and the query rows of its op.
     last_output: Vec<f32>,
+    last_rows: usize,
     /// Why the layer is not indexed.
     dense: Option<String>,
 }
@@ -330,6 +332,7 @@ impl Capture {
             sinks: Vec::new(),
             q: vec![0.0; n_window * n_head * dims.0],
             last_output: Vec::new(),
+            last_rows: 0,
             dense: None,
         });
         let problem = if v_name != format!("cache_v_l{number}") {
@@ -369,6 +372,7 @@ impl Capture {
             }
             if token + 1 == n_prefix {
                 let at = |h: usize, d: usize| f32_at(&out, d * op.nb[0] + h * op.nb[1] + t * op.nb[2]);
+                layer.last_rows = self.n;
                 layer.last_output = (0..n_head * dims.1).map(|i| at(i / dims.1, i % dims.1)).collect();
                 if !op.src[4].is_null() {
                     // SAFETY: as above.
@@ -438,8 +442,7 @@ impl Capture {
                 relative_error(&attend_last(&capture, layer, h), seen)
             })
             .fold(0.0, f32::max);
-        let tolerance = if is_quantised(layer.k.element) { VERIFY_TOLERANCE_QUANTISED } else { VERIFY_TOLERANCE };
-        if error <= tolerance {
+        if error <= if layer.last_rows < FEW_ROWS { VERIFY_TOLERANCE_FEW } else { VERIFY_TOLERANCE } {
             Ok((capture, error))
         } else {
             Err(format!("its captured K, Q and V do not give the op's output (relative error {error:.3})"))
