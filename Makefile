@@ -56,6 +56,7 @@ demo: setup plugin
 lint:
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --release --no-deps --workspace
 
 deny:
 	cargo deny --version > /dev/null || { echo "install it with: cargo install --locked cargo-deny" >&2; exit 1; }

@@ -285,15 +285,15 @@ struct sqz_layer {
    */
   float scale;
   /*
-   F16 [P][n_head_kv][head_dim_k]: keys as in the cache, after RoPE.
+   `F16 [P][n_head_kv][head_dim_k]`: keys as in the cache, after RoPE.
    */
   const void *k;
   /*
-   F16 [P][n_head_kv][head_dim_v].
+   `F16 [P][n_head_kv][head_dim_v]`.
    */
   const void *v;
   /*
-   F32 [n_window][n_head_kv * n_group][head_dim_k]: queries of the last n_window tokens, after RoPE.
+   `F32 [n_window][n_head_kv * n_group][head_dim_k]`: queries of the last n_window tokens, after RoPE.
    */
   const float *q;
 };
@@ -419,7 +419,7 @@ struct sqz_attention {
    */
   struct sqz_array dst;
   /*
-   F32 [n_head]: one more score per head, which takes mass and gives nothing; null: none.
+   `F32 [n_head]`: one more score per head, which takes mass and gives nothing; null: none.
    */
   const float *sinks;
   float scale;

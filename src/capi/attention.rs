@@ -49,7 +49,7 @@ pub struct sqz_attention {
     pub mask: sqz_array,
     /// F32 [head_dim_v, n_head, n_query, n_stream]: the result.
     pub dst: sqz_array,
-    /// F32 [n_head]: one more score per head, which takes mass and gives nothing; null: none.
+    /// `F32 [n_head]`: one more score per head, which takes mass and gives nothing; null: none.
     pub sinks: *const f32,
     pub scale: f32,
     /// ALiBi; 0: none. Such a call is dense.

@@ -66,11 +66,11 @@ pub struct sqz_layer {
     pub head_dim_v: u32,
     /// Softmax scale.
     pub scale: f32,
-    /// F16 [P][n_head_kv][head_dim_k]: keys as in the cache, after RoPE.
+    /// `F16 [P][n_head_kv][head_dim_k]`: keys as in the cache, after RoPE.
     pub k: *const c_void,
-    /// F16 [P][n_head_kv][head_dim_v].
+    /// `F16 [P][n_head_kv][head_dim_v]`.
     pub v: *const c_void,
-    /// F32 [n_window][n_head_kv * n_group][head_dim_k]: queries of the last n_window tokens, after RoPE.
+    /// `F32 [n_window][n_head_kv * n_group][head_dim_k]`: queries of the last n_window tokens, after RoPE.
     pub q: *const f32,
 }
 

@@ -173,7 +173,7 @@ pub fn write(path: &Path, parts: &IndexParts) -> Result<u64, IndexError> {
 }
 
 impl super::Index {
-    /// Writes the index to a file, as [`write`] does; returns its size in bytes.
+    /// Writes the index to a file, as [`write()`] does; returns its size in bytes.
     ///
     /// # Errors
     /// `Io`.

@@ -299,8 +299,8 @@ impl RowMap {
     }
 }
 
-/// The elements `k_dims` of each K row and `v_dims` of each V row of a cache's first `n_cell` cells, on the host: `[n_cell][n_k
-/// + n_v]`. Waits for the device.
+/// The elements `k_dims` of each K row and `v_dims` of each V row of a cache's first `n_cell` cells, on the host:
+/// `[n_cell][n_k + n_v]`. Waits for the device.
 ///
 /// # Errors
 /// Memory is short, or the driver refuses.
