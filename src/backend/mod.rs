@@ -19,7 +19,7 @@ pub use capture::{Capture, CaptureError, DenseLayers};
 pub use op::{attn_ext, AttendError, Attended, OpContext, OpOptions, Source};
 pub use plugin::{register, registry};
 pub use rows::{is_quantised, Row};
-pub use runtime::{attach, configure, current, detach, enter, set_current, set_indexes, Entered, Scope};
+pub use runtime::{attach, configure, current, detach, enter, enter_process, set_current, set_indexes, Entered, Scope};
 pub use stats::{set_log, LogSink, Stats};
 
 /// Totals since the start or the last reset. Waits for what GPUs still count.

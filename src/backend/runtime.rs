@@ -65,6 +65,11 @@ pub fn enter(scope: &Arc<Scope>) -> Entered {
     Entered(set_current(Some(scope.clone())))
 }
 
+/// Puts this thread into the process's scope for a while.
+pub fn enter_process() -> Entered {
+    Entered(set_current(None))
+}
+
 impl Drop for Entered {
     fn drop(&mut self) {
         set_current(self.0.take());

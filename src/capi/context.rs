@@ -165,10 +165,8 @@ fn apply(c: &sqz_config, config: &mut Config) -> Outcome {
 /// Runs something in a context, or in the process's where it is null.
 fn within<T>(context: *const sqz_context, run: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
     if context.is_null() {
-        let before = backend::set_current(None);
-        let done = run();
-        backend::set_current(before);
-        return done;
+        let _entered = backend::enter_process();
+        return run();
     }
     let context = handle::get::<Context, _>(context)?;
     let _entered = backend::enter(&context.scope);
