@@ -20,8 +20,7 @@ ln -f "$out/release/libggml_squeeze.so" "$out/release/libggml-squeeze.so"
 
 for name in $(compgen -e | grep -E '^(GGML|CMAKE)_'); do unset "$name"; done
 cmake -S "$dir" -B "$out/llama" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_BACKEND_DL=ON -DGGML_NATIVE=OFF -DLLAMA_CURL=OFF \
-    -DLLAMA_BUILD_TESTS=ON -DCMAKE_RUNTIME_OUTPUT_DIRECTORY="$out/bin" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$out/bin" > "$out/cmake.log" 2>&1 ||
-    fail "cmake failed, see $out/cmake.log"
+    -DLLAMA_BUILD_TESTS=ON > "$out/cmake.log" 2>&1 || fail "cmake failed, see $out/cmake.log"
 cmake --build "$out/llama" --parallel "${JOBS:-$(nproc)}" --target test-backend-ops ggml-cpu > "$out/build.log" 2>&1 ||
     { tail -n 30 "$out/build.log" >&2; fail "the build failed, see $out/build.log"; }
-SQZ_LLAMA_BIN=$out/bin SQZ_PLUGIN=$out/release/libggml-squeeze.so "$root/scripts/conformance.sh"
+SQZ_LLAMA_BIN=$out/llama/bin SQZ_PLUGIN=$out/release/libggml-squeeze.so "$root/scripts/conformance.sh"
