@@ -172,7 +172,7 @@ pub fn cache_type(name: &str) -> Result<Element, String> {
 }
 
 /// ggml's number of a type.
-fn type_number(element: Element) -> sys::ggml_type {
+pub fn type_number(element: Element) -> sys::ggml_type {
     match element {
         Element::F32 => sys::GGML_TYPE_F32,
         Element::F16 => sys::GGML_TYPE_F16,

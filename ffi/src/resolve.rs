@@ -2,6 +2,7 @@
 
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
 use std::mem::size_of;
+use std::sync::OnceLock;
 
 use crate::*;
 
@@ -104,6 +105,20 @@ api! {
 }
 
 impl Api {
+    /// The ggml of this process, found and checked once it is there.
+    ///
+    /// # Errors
+    /// As `resolve` and `check`; a later call looks again.
+    pub fn of_process() -> Result<&'static Api, String> {
+        static FOUND: OnceLock<Api> = OnceLock::new();
+        if let Some(api) = FOUND.get() {
+            return Ok(api);
+        }
+        let api = Api::resolve()?;
+        api.check()?;
+        Ok(FOUND.get_or_init(|| api))
+    }
+
     /// Finds ggml in this process: among the symbols visible to all, then, as a host may have loaded it privately
     /// (`RTLD_LOCAL`, as Python does), in each loaded library whose file name contains "ggml" or "llama".
     ///

@@ -21,6 +21,7 @@ pub use plugin::{register, registry};
 pub use rows::{is_quantised, Row};
 pub use runtime::{attach, configure, current, detach, enter, enter_process, set_current, set_indexes, Entered, Scope};
 pub use stats::{set_log, LogSink, Stats};
+pub use tensor::element_of;
 
 /// Totals since the start or the last reset. Waits for what GPUs still count.
 pub fn stats() -> Stats {

@@ -92,9 +92,7 @@ pub fn register(config: Config) -> Result<(), String> {
     static ONCE: Mutex<()> = Mutex::new(());
     let _guard = ONCE.lock().unwrap_or_else(|e| e.into_inner());
     if FOUND.get().is_none() {
-        let api = Api::resolve()?;
-        api.check()?;
-        let mut all = devices(&api)?;
+        let mut all = devices(Api::of_process()?)?;
         if forks_streams() && all.len() > 1 {
             log("GGML_CUDA_GRAPH_OPT=1 spreads a layer over several streams: attention on GPUs stays llama.cpp's");
             all.truncate(1);

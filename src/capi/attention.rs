@@ -9,7 +9,7 @@ use super::plain::{self, Plain};
 use super::status::sqz_status::*;
 use super::status::{fail, guard, sqz_status, Failure, Outcome};
 use crate::attention::{Array, Element, Problem};
-use crate::backend::AttendError;
+use crate::backend::{element_of, AttendError};
 
 /// Element types, numbered as in ggml_type. Quantised ones have blocks of 32.
 pub const SQZ_TYPE_F32: u32 = 0;
@@ -152,14 +152,8 @@ impl From<AttendError> for Failure {
 }
 
 fn element(kind: u32, what: &str) -> Outcome<Element> {
-    match kind {
-        SQZ_TYPE_F32 => Ok(Element::F32),
-        SQZ_TYPE_F16 => Ok(Element::F16),
-        SQZ_TYPE_Q4_0 => Ok(Element::Q4_0),
-        SQZ_TYPE_Q8_0 => Ok(Element::Q8_0),
-        SQZ_TYPE_BF16 => Ok(Element::BF16),
-        other => fail(SQZ_ERROR_UNSUPPORTED, format!("{what} has type {other}: give one of SQZ_TYPE_...")),
-    }
+    let unknown = || fail(SQZ_ERROR_UNSUPPORTED, format!("{what} has type {kind}: give one of SQZ_TYPE_..."));
+    element_of(kind).map_or_else(unknown, Ok)
 }
 
 /// An array whose extents fit the address space.

@@ -15,6 +15,7 @@ use ggml_squeeze::index::{to_bytes, Index, IndexParts};
 use ggml_squeeze::random::split_mix;
 use half::f16;
 use llama_cpp_sys_2 as sys;
+pub use sqz::llama::type_number as type_of;
 
 pub const LAYER: u32 = 5;
 
@@ -80,16 +81,6 @@ impl Random {
     }
     pub fn row(&mut self, d: usize, size: f32) -> Vec<f32> {
         (0..d).map(|_| size * self.unit()).collect()
-    }
-}
-
-pub fn type_of(element: Element) -> sys::ggml_type {
-    match element {
-        Element::F32 => sys::GGML_TYPE_F32,
-        Element::F16 => sys::GGML_TYPE_F16,
-        Element::BF16 => sys::GGML_TYPE_BF16,
-        Element::Q8_0 => sys::GGML_TYPE_Q8_0,
-        Element::Q4_0 => sys::GGML_TYPE_Q4_0,
     }
 }
 

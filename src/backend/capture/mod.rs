@@ -5,7 +5,6 @@ mod verify;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::CStr;
-use std::sync::OnceLock;
 
 use ggml_sys as sys;
 use ggml_sys::Api;
@@ -110,12 +109,6 @@ pub enum CaptureError {
 // SAFETY: addresses of a context's cache, followed only while the owner promises that the context is alive and idle.
 unsafe impl Send for Capture {}
 
-fn api() -> Result<&'static Api, CaptureError> {
-    static API: OnceLock<Result<Api, String>> = OnceLock::new();
-    let found = API.get_or_init(|| Api::resolve().and_then(|api| api.check().map(|()| api)));
-    found.as_ref().map_err(|e| CaptureError::Host(e.clone()))
-}
-
 /// All bytes of a plain tensor from its first to its last element, wherever it lies.
 ///
 /// # Safety
@@ -203,7 +196,7 @@ impl Capture {
             return !ask;
         }
         if !ask {
-            match api() {
+            match Api::of_process() {
                 // SAFETY: the op has just been computed, so it and its sources hold their values.
                 Ok(api) => unsafe {
                     if begins {
@@ -213,7 +206,7 @@ impl Capture {
                     }
                 },
                 Err(error) => {
-                    self.problem = Some(error);
+                    self.problem = Some(CaptureError::Host(error));
                     self.ended = true;
                 }
             }
@@ -406,7 +399,7 @@ impl Capture {
     /// Reads K and V of an indexable layer out of the cache (the context must be alive) and checks them: attention of the
     /// last token over them must give what the op gave. The relative error comes back too.
     pub fn read(&self, number: u32) -> Result<(LayerCapture, f32), String> {
-        let api = api().map_err(|e| e.to_string())?;
+        let api = Api::of_process()?;
         let layer = self.layers.get(&number).ok_or("it was not seen")?;
         let blocks = cache_blocks(layer.k.head_dim as u32, layer.v.head_dim as u32);
         let block = |element, block: u32| if is_quantised(element) { block as usize } else { 0 };
@@ -445,7 +438,7 @@ impl Capture {
 
     /// Where an indexable layer's F16 K and V are, prefix token t in cell t, if not in memory of the host.
     pub fn device_rows(&self, number: u32) -> Option<[Array; 2]> {
-        let (api, layer) = (api().ok()?, self.layers.get(&number)?);
+        let (api, layer) = (Api::of_process().ok()?, self.layers.get(&number)?);
         // SAFETY: the cache's tensors belong to the context, which is alive.
         unsafe { Some([self.device_array(&layer.k, api)?, self.device_array(&layer.v, api)?]) }
     }

@@ -9,7 +9,7 @@ mod run;
 mod tests;
 
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use ggml_sys as sys;
 use ggml_sys::Api;
@@ -131,11 +131,6 @@ impl OpContext {
     }
 }
 
-fn api() -> Result<&'static Api, String> {
-    static API: OnceLock<Result<Api, String>> = OnceLock::new();
-    API.get_or_init(|| Api::resolve().and_then(|api| api.check().map(|()| api))).as_ref().map_err(Clone::clone)
-}
-
 /// Tensors of an attention op, in ggml's layouts: `q` F32 `[head_dim_k, n_query, n_head, n_stream]`, `k` and `v`
 /// `[head_dim, n_kv, n_head_kv, n_stream]`, `mask` null or F16 `[n_kv, >= n_query, 1 or n_head, 1 or n_stream]`, contiguous.
 #[derive(Clone, Copy, Debug)]
@@ -175,7 +170,7 @@ pub unsafe fn attn_ext(
     let (false, Some(q), Some(k), Some(v)) = (ctx.is_null(), q, k, v) else {
         return Err("the attention op: the context, q, k or v is null: only the mask may be".to_string());
     };
-    let api = api()?;
+    let api = Api::of_process()?;
     let (Some(custom), Some(flash)) = (api.ggml_custom_4d, api.ggml_flash_attn_ext) else {
         return Err("the attention op: the host's ggml has no ggml_custom_4d or no ggml_flash_attn_ext".to_string());
     };
