@@ -17,6 +17,9 @@ use crate::session::{share, Attention, Session, SpreadArg};
 use crate::synthetic;
 use crate::tokens::Chat;
 
+/// Generated tokens that come first and are not in the rate: with them a mode that takes its turn finds its cells, brings its index to
+/// the GPU and has its graph captured, which a conversation pays once.
+const WARM_UP: usize = 4;
 /// Tokens of a synthetic prefix.
 const DEFAULT_DEPTH: usize = 4096;
 
@@ -53,7 +56,7 @@ pub struct BenchArgs {
     /// Query tokens of a prefill that share a selection, at most
     #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [DEFAULT_TILE])]
     tile: Vec<usize>,
-    /// Tokens to generate; 0: no such test
+    /// Tokens to generate, after 4 that do not count; 0: no such test
     #[arg(short, long, value_name = "N", default_value_t = 32)]
     n_gen: usize,
     /// Tokens of the question; 0: no such test
@@ -105,28 +108,29 @@ struct Row {
     speed_up: f64,
     kept: Option<f64>,
     repetitions: Vec<f64>,
+    /// Milliseconds of each generated token of the last repetition, after the four of the warm-up; none for a prompt.
+    warm_up_ms: Vec<f64>,
+    token_ms: Vec<f64>,
 }
 
-/// Seconds of one run of a test with the present attention.
-fn time(session: &mut Session<'_>, test: Test) -> Result<f64> {
+/// Seconds of each decode call of a test with the present attention: those of the warm-up, and those that count.
+fn time(session: &mut Session<'_>, test: Test) -> Result<(Vec<f64>, Vec<f64>)> {
     session.context.truncate(session.n_prefix)?;
     // Real text, from a third of the prefix on: random tokens would ask for keys that no reader asks for.
     let start = session.tokens.len() / 3;
-    let text: Vec<i32> = session.tokens.iter().copied().cycle().skip(start).take(test.n()).collect();
-    let begin = Instant::now();
-    match test {
-        Test::Prompt(_) => {
-            for part in text.chunks(session.context.n_batch()) {
-                session.context.decode(part, Outputs::Last)?;
-            }
-        }
-        Test::Generate(_) => {
-            for token in &text {
-                session.context.decode(std::slice::from_ref(token), Outputs::Last)?;
-            }
-        }
+    let (n_warm_up, n_part) = match test {
+        Test::Prompt(_) => (0, session.context.n_batch()),
+        Test::Generate(_) => (WARM_UP, 1),
+    };
+    let text: Vec<i32> = session.tokens.iter().copied().cycle().skip(start).take(n_warm_up + test.n()).collect();
+    let mut seconds = Vec::new();
+    for part in text.chunks(n_part) {
+        let begin = Instant::now();
+        session.context.decode(part, Outputs::Last)?;
+        seconds.push(begin.elapsed().as_secs_f64());
     }
-    Ok(begin.elapsed().as_secs_f64())
+    let counted = seconds.split_off(n_warm_up);
+    Ok((seconds, counted))
 }
 
 fn measure(session: &mut Session<'_>, args: &BenchArgs, model: &str) -> Result<Vec<Row>> {
@@ -142,6 +146,7 @@ fn measure(session: &mut Session<'_>, args: &BenchArgs, model: &str) -> Result<V
     ensure!(!tests.is_empty(), "nothing to measure: give -p or -n above 0");
     let mut speed = vec![vec![Vec::new(); modes.len()]; tests.len()];
     let mut kept = vec![vec![None; modes.len()]; tests.len()];
+    let mut last = vec![vec![(Vec::new(), Vec::new()); modes.len()]; tests.len()];
     let phase = Phase::new("bench", args.repetitions as usize + 1);
     for repetition in 0..=args.repetitions {
         for (t, test) in tests.iter().enumerate() {
@@ -150,8 +155,9 @@ fn measure(session: &mut Session<'_>, args: &BenchArgs, model: &str) -> Result<V
                 let seconds = time(session, *test)?;
                 attention.check()?;
                 if repetition > 0 {
-                    speed[t][m].push(test.n() as f64 / seconds);
+                    speed[t][m].push(test.n() as f64 / seconds.1.iter().sum::<f64>());
                 }
+                last[t][m] = seconds;
                 if matches!(attention, Attention::Sparse(..)) {
                     kept[t][m] = Some(backend::stats().kept_share);
                 }
@@ -160,6 +166,8 @@ fn measure(session: &mut Session<'_>, args: &BenchArgs, model: &str) -> Result<V
         phase.step(repetition as usize + 1);
     }
     phase.end();
+    let ms = |seconds: &[f64]| seconds.iter().map(|s| (s * 1e6).round() / 1e3).collect();
+    let generates = |t: usize| matches!(tests[t], Test::Generate(_));
     let row = |t: usize, m: usize| Row {
         model: model.to_string(),
         synthetic_index: args.synthetic_index,
@@ -170,6 +178,8 @@ fn measure(session: &mut Session<'_>, args: &BenchArgs, model: &str) -> Result<V
         speed_up: metrics::mean(&speed[t][m]) / metrics::mean(&speed[t][0]),
         kept: kept[t][m],
         repetitions: speed[t][m].clone(),
+        warm_up_ms: ms(&last[t][m].0),
+        token_ms: if generates(t) { ms(&last[t][m].1) } else { Vec::new() },
     };
     Ok((0..tests.len()).flat_map(|t| (0..modes.len()).map(move |m| (t, m))).map(|(t, m)| row(t, m)).collect())
 }
@@ -247,7 +257,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             _ => bail!("what is measured behind? Give a text with -f, an index with --index, or --synthetic-index"),
         };
         let model = Model::load_on(&args.model.model, &args.model.gpu)?;
-        let slack = args.n_prompt.max(args.n_gen) + 16;
+        let slack = args.n_prompt.max(args.n_gen + WARM_UP) + 16;
         let mut name = model.description();
         if args.model.cache_types() != "f16" {
             name += &format!(", {} cache", args.model.cache_types());
@@ -289,6 +299,8 @@ mod tests {
             speed_up: speed / 20.0,
             kept,
             repetitions: vec![speed],
+            warm_up_ms: Vec::new(),
+            token_ms: Vec::new(),
         };
         let text = table(&[row("dense", 20.0, None), row("budget 0.2", 110.0, Some(0.2))]);
         assert!(text.contains("tg32 @ d6500") && text.contains("110.00 +- 0.50") && text.contains("5.50x"), "{text}");
