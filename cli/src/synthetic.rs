@@ -16,6 +16,9 @@ use crate::progress::Phase;
 use crate::session::Session;
 use crate::tokens::{self, Chat};
 
+/// Tokens at the end of the prefix that are computed with attention: the window, and what makes up a graph with it.
+const ATTENDED: usize = 1024;
+
 /// The first `n` tokens of a text, repeated where it is too short; without `n` all of it once.
 ///
 /// # Errors
@@ -56,6 +59,14 @@ pub fn open<'m>(
     register(config.clone())?;
     let capture = Capture::new(n, settings.n_window as usize);
     let mut context = Context::with_capture(model, args, n + slack, capture)?;
+    // What most of the cache holds is of no account here, and its attention takes most of the time.
+    let free = n.saturating_sub(ATTENDED);
+    let attend = |yes: bool| backend::configure(|config| (config.disable, config.attention_free) = (yes, !yes));
+    let phase = Phase::new("prefill", free);
+    attend(false);
+    context.prefill(&tokens[..free], |done| phase.step(done))?;
+    attend(true);
+    phase.end();
     build_cmd::prefill(&mut context, &tokens)?;
     let meta = build_cmd::meta(model, args, Chat::Raw, settings, tokens.clone())?;
     let mut made = Assembly::new(IndexMeta { synthetic: true, ..meta }, settings);

@@ -31,7 +31,7 @@ pub use error::BuildError;
 pub use extend::{check_extension, extend_layer, extend_sketch};
 pub use sketch::{cache_blocks, probe, probe_tokens, sketch, sketch_margin, SketchMargin};
 pub use synthetic::synthetic_layer;
-pub use window::{window_scores, LayerScores};
+pub use window::{sampled_queries, window_scores, LayerScores};
 
 use crate::index::{LayerParts, LayerShape, LayerView};
 use crate::random::split_mix;
@@ -41,7 +41,7 @@ use topdown::Plan;
 /// Number of what this code makes of a capture: part of the key under which an index is cached. Raise it with every change
 /// that gives other bytes for the same text and model, one in the program that captures included; the hash that
 /// `tests::the_bytes_of_this_version` pins tells when.
-pub const BUILD_VERSION: u32 = 4;
+pub const BUILD_VERSION: u32 = 5;
 
 /// How to build.
 #[derive(Clone, Debug, PartialEq)]

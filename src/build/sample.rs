@@ -5,7 +5,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::matmul::dot_rows;
-use super::{LayerCapture, LayerScores};
+use super::{sampled_queries, LayerCapture, LayerScores};
 use crate::attention::keys_of_share;
 use crate::index::LayerView;
 use crate::random::split_mix;
@@ -132,17 +132,20 @@ fn noise_values(seed: u64, n: usize) -> Vec<f16> {
 /// Share of the attention mass over all clustered keys that lies in the keys which budget mode keeps, and in as many best
 /// keys of each KV head: means over the window's queries and all heads. `scores` are those of the index's layer `view`.
 pub fn recall(view: &LayerView, scores: &LayerScores, capture: &LayerCapture, budget: f32) -> [f64; 2] {
-    let (n_query, c) = (scores.n_query as usize, scores.n_cluster as usize);
+    let c = scores.n_cluster as usize;
     let (n_head_kv, n_group) = (capture.n_head_kv as usize, capture.n_group as usize);
     let (dim, n, n_sink) = (capture.head_dim_k as usize, view.n_clustered(), scores.n_sink as usize);
-    let target = keys_of_share(budget, n + n_sink + n_query, n_query);
+    let n_window = capture.q.len() / (n_head_kv * n_group * dim);
+    let queries = sampled_queries(n_window, n);
+    let n_query = queries.len();
+    let target = keys_of_share(budget, n + n_sink + n_window, n_window);
     let one = |i: usize| -> [f64; 2] {
         let (h, w) = (i / n_query, i % n_query);
         let keys: Vec<f32> = (n_sink..n_sink + n)
             .flat_map(|t| &capture.k[t * capture.row_k() + h * dim..][..dim])
             .map(|x| x.to_f32())
             .collect();
-        let q = &capture.q[(w * n_head_kv + h) * n_group * dim..][..n_group * dim];
+        let q = &capture.q[(queries[w] * n_head_kv + h) * n_group * dim..][..n_group * dim];
         let mut p = vec![0.0f32; n_group * n];
         dot_rows(q, &keys, dim, &mut p);
         let mut mass = vec![0.0f64; n];

@@ -1,7 +1,7 @@
 //! Scores and masses against their definitions in f64.
 
 use super::super::tests::{capture, settings};
-use super::super::{calibrate, index_layer, BuiltLayer, LayerCapture};
+use super::super::{calibrate, index_layer, sample, BuiltLayer, LayerCapture, Settings};
 use super::*;
 use crate::index::LayerParts;
 
@@ -74,4 +74,36 @@ fn large_logits_do_not_overflow() {
         assert!((mass + scores.sink_mass[w] - 1.0).abs() < 1e-2);
     }
     assert!(calibrate(&[scores], &[0.2]).budgets[0].threshold > 0.0);
+}
+
+#[test]
+fn long_prefixes_are_scored_by_some_queries() {
+    assert_eq!(sampled_queries(100, ALL_QUERIES), (0..100).collect::<Vec<_>>());
+    assert_eq!(sampled_queries(100, 2 * ALL_QUERIES), (0..50).map(|i| 2 * i + 1).collect::<Vec<_>>());
+    assert_eq!(sampled_queries(100, 1 << 30), (1..=20).map(|i| 5 * i - 1).collect::<Vec<_>>());
+    assert_eq!((sampled_queries(11, 1 << 30).len(), sampled_queries(11, 0).len()), (11, 11));
+}
+
+#[test]
+fn some_queries_calibrate_like_all() {
+    let settings = Settings { n_threads: 2, ..Settings::default() };
+    let c = sample::prefix(24000, 100, 2, 3, 64, 5);
+    let BuiltLayer { parts, scores, .. } = index_layer(&c, &settings, &|_| ()).unwrap();
+    assert!(scores.n_query < 100);
+    // All of the window's queries, as windows short enough to be scored whole.
+    let n = scores.n_query as usize;
+    let all: Vec<LayerScores> = (0..100 / n)
+        .map(|part| {
+            let row = c.q.len() / 100;
+            let queries: Vec<f32> = (0..n).flat_map(|i| &c.q[(i * (100 / n) + part) * row..][..row]).copied().collect();
+            window_scores(&parts.view(), &c.k, settings.n_sink as usize, &queries)
+        })
+        .collect();
+    let (some, all) = (calibrate(&[scores], &[0.1, 0.2]), calibrate(&all, &[0.1, 0.2]));
+    for (some, all) in some.budgets.iter().zip(&all.budgets) {
+        assert!((some.kept / all.kept - 1.0).abs() < 0.1 && (some.mass - all.mass).abs() < 0.01, "{some:?} {all:?}");
+    }
+    for (some, all) in some.masses.iter().zip(&all.masses) {
+        assert!((some.kept - all.kept).abs() < 0.1 * all.kept + 0.01, "{some:?} {all:?}");
+    }
 }
