@@ -2,9 +2,10 @@
 //! each stage, bytes moved and the share of the card's copy bandwidth. One JSON object per line on stdout; scripts/bench-cuda.py
 //! adds PyTorch's dense attention and makes the table.
 //!
-//! `cargo bench --bench cuda -- HEADS/KV_HEADSxD@PREFIX ROWS BUDGET [radius|diag|none] [estimate] [coarse=SHARE] [unwatched]`,
+//! `cargo bench --bench cuda -- HEADS/KV_HEADSxD@PREFIX ROWS BUDGET [radius|diag|none] [estimate] [coarse=SHARE] [unwatched] [cold]`,
 //! each further call after a comma of its own. `coarse`: with a coarse level (1 % of the keys) that opens this share of them.
-//! `unwatched`: without the check of sampled rows.
+//! `unwatched`: without the check of sampled rows. `cold`: before each call as many bytes are written as the weights of a layer
+//! have, which leaves nothing in the L2 cache, instructions included; what that takes is subtracted.
 
 use std::mem::MaybeUninit;
 use std::sync::Arc;
@@ -24,6 +25,8 @@ const WINDOW: usize = 100;
 const CALLS: usize = 8;
 /// Touched by one replay at least, in different places: more than the L2 cache holds, several times.
 const ROTATE: usize = 400 << 20;
+/// Written before each call where caches are to be cold.
+const WEIGHTS: usize = 140 << 20;
 
 struct Shape {
     n_head: usize,
@@ -36,6 +39,7 @@ struct Shape {
     estimate: bool,
     coarse_share: f32,
     watched: bool,
+    cold: bool,
 }
 
 fn parse(text: &str) -> Option<Shape> {
@@ -61,6 +65,7 @@ fn parse(text: &str) -> Option<Shape> {
         estimate: rest.contains(&"estimate"),
         coarse_share: rest.iter().find_map(|w| w.strip_prefix("coarse=")).map_or(Some(1.0), |w| w.parse().ok())?,
         watched: !rest.contains(&"unwatched"),
+        cold: rest.contains(&"cold"),
     })
 }
 
@@ -269,6 +274,16 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
         .collect();
     let rows = |n: i32| Buffer::of(device, "a bench", &vec![n; n_row]).expect("memory");
     let (sparse_rows, dense_rows) = (rows(0), rows(-1));
+    // As in llama.cpp: a row of the mask for each query row, here with everything in sight.
+    let mask = Buffer::of(device, "a bench", &vec![f16::ZERO; n_row * n_kv]).expect("memory");
+    let weights = Buffer::new(device, "a bench", if s.cold { WEIGHTS } else { 4 }).expect("memory");
+    // SAFETY: inside the buffer.
+    let pass_weights = |stream| unsafe {
+        let n = if s.cold { WEIGHTS / 4 } else { 0 };
+        if n > 0 {
+            sys::cuMemsetD32Async(weights.address(), 1, n, stream).result().expect("a write")
+        }
+    };
     let selection = Selection {
         mode: Mode::Budget(s.budget),
         spread: s.spread,
@@ -285,7 +300,7 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
                 v: kv(&set.v),
                 k_type: Element::F16,
                 v_type: Element::F16,
-                mask: None,
+                mask: Some(array(&mask, [n_kv, n_row, 1, 1], [2, 2 * n_kv, 2 * n_kv * n_row, 2 * n_kv * n_row])),
                 sinks: None,
                 dst: array(&set.dst, [d, n_head, n_row, 1], [4, 4 * d, 4 * d * n_head, 4 * d * n_head * n_row]),
                 scale: 1.0 / (d as f32).sqrt(),
@@ -304,18 +319,28 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
         let times = bench.time(replays, |stream| (0..rounds).for_each(|_| put(stream)));
         times.into_iter().map(|t| t / (rounds * n_set) as f64).collect()
     };
+    let passing = match s.cold {
+        true => median(time(30, &|stream| sets.iter().for_each(|_| pass_weights(stream)))),
+        false => 0.0,
+    };
+    let time = |replays, put: &dyn Fn(&Attention, sys::CUstream), all: &[Attention]| -> Vec<f64> {
+        let one = |a: &Attention, stream| {
+            pass_weights(stream);
+            put(a, stream);
+        };
+        time(replays, &|stream| all.iter().for_each(|a| one(a, stream))).into_iter().map(|t| t - passing).collect()
+    };
     let (sparse, workspace) = calls(&sparse_rows);
     let whole = |attention: &[Attention], replays| {
         // SAFETY: everything lives until the end of this function.
-        time(replays, &|stream| attention.iter().for_each(|a| unsafe { a.launch(stream) }.expect("a launch")))
+        time(replays, &|a, stream| unsafe { a.launch(stream) }.expect("a launch"), attention)
     };
     let mut times = whole(&sparse, 30);
     let stages: Vec<f64> = (0..STAGES.len())
         .map(|stage| {
             // SAFETY: as above; the last whole call left what the stages read.
-            let put =
-                |stream| sparse.iter().for_each(|a| unsafe { a.launch_stage(stage, stream, true) }.expect("a launch"));
-            median(time(30, &put))
+            let put = |a: &Attention, stream| unsafe { a.launch_stage(stage, stream, true) }.expect("a launch");
+            median(time(30, &put, &sparse))
         })
         .collect();
     let (dense, _own) = calls(&dense_rows);
@@ -342,13 +367,14 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
     let share = |bytes: usize, us: f64| bytes as f64 / us / copy;
     format!(
         "{{\"heads\":{n_head},\"kv_heads\":{n_head_kv},\"d\":{d},\"prefix\":{n_prefix},\"rows\":{n_row},\"budget\":{},\
-         \"spread\":\"{:?}\",\"estimate\":{},\"sets\":{n_set},\"copy_tb_s\":{:.3},\"us\":{us:.2},\"dense_us\":{dense_us:.2},\
+         \"spread\":\"{:?}\",\"estimate\":{},\"cold\":{},\"sets\":{n_set},\"copy_tb_s\":{:.3},\"us\":{us:.2},\"dense_us\":{dense_us:.2},\
          \"lookup_us\":{:.2},\"select_us\":{:.2},\"attend_us\":{:.2},\"merge_us\":{:.2},\"lookup_mb\":{:.1},\
          \"attend_mb\":{:.1},\"lookup_share\":{:.3},\"attend_share\":{:.3},\"dense_share\":{:.3},\"kept\":{:.4},\
          \"coarse_share\":{},\"coarse_lookup_us\":{:.2},\"coarse_select_us\":{:.2},\"opened\":{:.4}}}",
         s.budget,
         s.spread,
         s.estimate,
+        s.cold,
         copy / 1e6,
         stages[2],
         stages[3],
@@ -372,7 +398,7 @@ fn main() {
     let text = words.join(" ");
     let shapes: Vec<Shape> = text.split(',').filter(|t| !t.trim().is_empty()).filter_map(parse).collect();
     if shapes.is_empty() {
-        eprintln!("usage: cuda HEADS/KV_HEADSxD@PREFIX ROWS BUDGET [radius|diag|none] [estimate] [coarse=SHARE] [unwatched][, ...]");
+        eprintln!("usage: cuda HEADS/KV_HEADSxD@PREFIX ROWS BUDGET [radius|diag|none] [estimate] [coarse=SHARE] [unwatched] [cold][, ...]");
         return;
     }
     let device = match Device::new(0) {

@@ -86,6 +86,7 @@ def main():
         if out:
             print(json.dumps(r), file=out, flush=True)
         spread = r["spread"].lower() + (" + estimate" if r["estimate"] else "")
+        spread += " + cold" if r["cold"] else ""
         flat = r["coarse_share"] >= 1
         spread += "" if flat else f" + coarse {r['coarse_share']}"
         coarse = "- | -" if flat else f"{r['coarse_lookup_us']:.1f} | {r['coarse_select_us']:.1f}"
