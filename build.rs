@@ -9,13 +9,33 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Mutex;
+use std::thread;
 
-const KERNELS: [&str; 12] = [
+/// Kernels by head size (of keys, or of keys and values) come in files of their own, so that many can be compiled at once.
+const KERNELS: [&str; 28] = [
     "digest",
     "rows",
     "lookup",
+    "lookup_64",
+    "lookup_80",
+    "lookup_96",
+    "lookup_112",
+    "lookup_128",
+    "lookup_192",
+    "lookup_256",
     "select",
     "attend",
+    "attend_64_64",
+    "attend_80_80",
+    "attend_96_64",
+    "attend_96_96",
+    "attend_112_112",
+    "attend_128_128",
+    "attend_192_128",
+    "attend_192_192",
+    "attend_256_256",
     "merge",
     "kmeans_unit",
     "kmeans_assign",
@@ -92,26 +112,47 @@ fn compression(nvcc: &Path) -> Option<&'static str> {
     (release >= 13).then_some("--compress-mode=size")
 }
 
+/// Compiles a file for all architectures, one after the other; what the compiler says.
+fn compile_one(
+    nvcc: &Path,
+    out: &Path,
+    kernel: &str,
+    archs: &str,
+    compression: Option<&str>,
+) -> Result<String, String> {
+    let mut command = Command::new(nvcc);
+    command.args(["-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v", "-fatbin", "-o"]);
+    command.arg(out.join(format!("{kernel}.fatbin"))).arg(format!("kernels/{kernel}.cu"));
+    command.args(compression);
+    for arch in archs.split_whitespace() {
+        command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
+    }
+    command.arg(format!("-gencode=arch=compute_{PTX},code=compute_{PTX}"));
+    let result = command.output().map_err(|e| format!("{} cannot be run: {e}", nvcc.display()))?;
+    let said = String::from_utf8_lossy(&result.stderr);
+    if !result.status.success() {
+        return Err(format!("{} failed on {kernel}.cu: {}", nvcc.display(), said.replace('\n', " ")));
+    }
+    Ok(said.into_owned())
+}
+
+/// Compiles as many files at a time as cargo lets us use processors.
 fn compile(nvcc: &Path, out: &Path) -> Result<(), String> {
     let compression = compression(nvcc);
     let archs = env::var("GGML_SQUEEZE_CUDA_ARCHS").unwrap_or_else(|_| DEFAULT_ARCHS.into());
-    let mut log = String::new();
-    for kernel in KERNELS {
-        let mut command = Command::new(nvcc);
-        command.args(["-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v", "--threads", "0", "-fatbin", "-o"]);
-        command.arg(out.join(format!("{kernel}.fatbin"))).arg(format!("kernels/{kernel}.cu"));
-        command.args(compression);
-        for arch in archs.split_whitespace() {
-            command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
+    let n_job = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1usize).clamp(1, KERNELS.len());
+    let (next, logs) = (AtomicUsize::new(0), Mutex::new(vec![Ok(String::new()); KERNELS.len()]));
+    thread::scope(|scope| {
+        for _ in 0..n_job {
+            scope.spawn(|| {
+                while let Some((i, kernel)) = KERNELS.iter().enumerate().nth(next.fetch_add(1, Ordering::Relaxed)) {
+                    let said = compile_one(nvcc, out, kernel, &archs, compression);
+                    logs.lock().expect("nobody panics with it")[i] = said;
+                }
+            });
         }
-        command.arg(format!("-gencode=arch=compute_{PTX},code=compute_{PTX}"));
-        let result = command.output().map_err(|e| format!("{} cannot be run: {e}", nvcc.display()))?;
-        let said = String::from_utf8_lossy(&result.stderr);
-        if !result.status.success() {
-            return Err(format!("{} failed on {kernel}.cu: {}", nvcc.display(), said.replace('\n', " ")));
-        }
-        log += &said;
-    }
+    });
+    let logs: Result<Vec<String>, String> = logs.into_inner().expect("nobody panics with it").into_iter().collect();
     // Registers and spills of each kernel, for scripts/kernels.sh.
-    fs::write(out.join("ptxas.log"), log).map_err(|e| e.to_string())
+    fs::write(out.join("ptxas.log"), logs?.concat()).map_err(|e| e.to_string())
 }

@@ -2,8 +2,9 @@
 //! each stage, bytes moved and the share of the card's copy bandwidth. One JSON object per line on stdout; scripts/bench-cuda.py
 //! adds PyTorch's dense attention and makes the table.
 //!
-//! `cargo bench --bench cuda -- HEADS/KV_HEADSxD@PREFIX ROWS BUDGET [radius|diag|none] [estimate] [coarse=SHARE] [unwatched] [cold]`,
-//! each further call after a comma of its own. `coarse`: with a coarse level (1 % of the keys) that opens this share of them.
+//! `cargo bench --bench cuda -- HEADS/KV_HEADSxD@PREFIX ROWS BUDGET [radius|diag|none] [estimate] [coarse=SHARE] [unwatched] [cold]
+//! [TYPE]`, each further call after a comma of its own. TYPE: that of K and V, `f16`, `bf16`, `q8_0` or `q4_0`; quantised rows are
+//! turned as llama.cpp does. `coarse`: with a coarse level (1 % of the keys) that opens this share of them.
 //! `unwatched`: without the check of sampled rows. `cold`: before each call as many bytes are written as the weights of a layer
 //! have, which leaves nothing in the L2 cache, instructions included; what that takes is subtracted.
 
@@ -12,9 +13,9 @@ use std::sync::Arc;
 
 use cudarc::driver::{result, sys};
 use ggml_squeeze::attention::cuda::{Attention, Bound, Buffer, Call, Device, Resident, Workspace, STAGES};
-use ggml_squeeze::attention::{Array, Element, Mode, Problem, Selection, Spread};
+use ggml_squeeze::attention::{Array, Element, Mode, Problem, Rotation, Selection, Spread};
 use ggml_squeeze::index::*;
-use half::f16;
+use half::{bf16, f16};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use rayon::prelude::*;
@@ -40,6 +41,7 @@ struct Shape {
     coarse_share: f32,
     watched: bool,
     cold: bool,
+    element: Element,
 }
 
 fn parse(text: &str) -> Option<Shape> {
@@ -66,6 +68,7 @@ fn parse(text: &str) -> Option<Shape> {
         coarse_share: rest.iter().find_map(|w| w.strip_prefix("coarse=")).map_or(Some(1.0), |w| w.parse().ok())?,
         watched: !rest.contains(&"unwatched"),
         cold: rest.contains(&"cold"),
+        element: Element::ALL.into_iter().find(|e| rest.contains(&e.name())).unwrap_or(Element::F16),
     })
 }
 
@@ -161,6 +164,26 @@ fn index_bytes(s: &Shape) -> Vec<u8> {
     to_bytes(&IndexParts { meta, layers: vec![layer], sketch, probes: Vec::new() }).expect("valid parts")
 }
 
+/// So many random numbers as a cache holds them; scales of usual size.
+fn cache_block(element: Element, n: usize) -> Vec<u8> {
+    let numbers = normals(9, n);
+    let bytes = |block: &[f16]| -> Vec<u8> {
+        let scale = |steps: f32| f16::from_f32(3.5 / steps).to_le_bytes().into_iter();
+        let step = |x: &f16, steps: f32| (x.to_f32() / 3.5 * steps).round() as i32;
+        match element {
+            Element::F32 => block[0].to_f32().to_le_bytes().to_vec(),
+            Element::F16 => block[0].to_le_bytes().to_vec(),
+            Element::BF16 => bf16::from_f32(block[0].to_f32()).to_le_bytes().to_vec(),
+            Element::Q8_0 => scale(127.0).chain(block.iter().map(|x| step(x, 127.0) as u8)).collect(),
+            Element::Q4_0 => {
+                let half = |x: &f16| (step(x, 7.0) + 8) as u8;
+                scale(7.0).chain((0..16).map(|i| half(&block[i]) | half(&block[i + 16]) << 4)).collect()
+            }
+        }
+    };
+    numbers.par_chunks_exact(element.block()).flat_map_iter(bytes).collect()
+}
+
 /// Device memory full of random numbers: one block of them, over and over.
 fn random_memory(device: &Arc<Device>, block: &Buffer, bytes: usize) -> Buffer {
     let buffer = Buffer::new(device, "a bench", bytes).expect("memory");
@@ -242,19 +265,23 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
     let Shape { n_head, n_head_kv, d, n_prefix, n_row, .. } = *s;
     let n_kv = n_prefix + 64;
     let group = n_head / n_head_kv;
-    let row_bytes = 2 * d;
+    let row_bytes = s.element.row_bytes(d);
+    let rotation = match s.element.block() {
+        1 => Rotation::default(),
+        _ => Rotation { k: 1 << d.trailing_zeros(), v: 64 },
+    };
     let selected = 2 * row_bytes * n_head_kv * (s.budget * n_prefix as f32) as usize;
     let n_set = ROTATE.div_ceil(selected).clamp(1, 8);
-    let block = Buffer::of(device, "a bench", &normals(9, 8 << 20)).expect("memory");
+    let block = Buffer::of(device, "a bench", &cache_block(s.element, 8 << 20)).expect("memory");
     let array = |b: &Buffer, ne, nb| Array { data: b.address() as *mut u8, ne, nb };
     let kv = |b: &Buffer| {
-        let nb = [2, row_bytes * n_head_kv, row_bytes, row_bytes * n_head_kv * n_kv];
+        let nb = [s.element.block_bytes(), row_bytes * n_head_kv, row_bytes, row_bytes * n_head_kv * n_kv];
         array(b, [d, n_kv, n_head_kv, 1], nb)
     };
     let sets: Vec<Set> = (0..n_set)
         .map(|i| {
             let index = Arc::new(Index::from_bytes(index.to_vec()).expect("what was just written"));
-            let resident = Resident::of(&index, device).expect("memory");
+            let resident = Resident::of(&index, device, rotation.v).expect("memory");
             let cells: Vec<u32> = (0..n_prefix as u32).collect();
             let mut r = SmallRng::seed_from_u64(100 + i as u64);
             let q: Vec<f32> = (0..n_row * n_head * d).map(|_| normal(&mut r)).collect();
@@ -267,7 +294,8 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
             };
             if s.watched {
                 // SAFETY: all arrays live until the end of this function.
-                unsafe { set.bound.watch(0, &kv(&set.k), &kv(&set.v), bench.stream) }.expect("a binding");
+                unsafe { set.bound.watch(0, &kv(&set.k), &kv(&set.v), [s.element; 2], bench.stream) }
+                    .expect("a binding");
             }
             set
         })
@@ -298,8 +326,8 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
                 q: array(&set.q, [d, n_row, n_head, 1], [4, 4 * d * n_head, 4 * d, 4 * d * n_head * n_row]),
                 k: kv(&set.k),
                 v: kv(&set.v),
-                k_type: Element::F16,
-                v_type: Element::F16,
+                k_type: s.element,
+                v_type: s.element,
                 mask: Some(array(&mask, [n_kv, n_row, 1, 1], [2, 2 * n_kv, 2 * n_kv * n_row, 2 * n_kv * n_row])),
                 sinks: None,
                 dst: array(&set.dst, [d, n_head, n_row, 1], [4, 4 * d, 4 * d * n_head, 4 * d * n_head * n_row]),
@@ -307,7 +335,7 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
                 max_bias: 0.0,
                 softcap: 0.0,
             };
-            Call { problem, layer: 0, selection, rows: rows.address(), bounds, first_stream: 0 }
+            Call { problem, rotation, layer: 0, selection, rows: rows.address(), seen: true, bounds, first_stream: 0 }
         };
         let all: Vec<Call<'_>> = sets.iter().zip(&bounds).map(|(set, b)| call((set, &b[..]))).collect();
         let workspace = Workspace::for_calls(device, &all.iter().collect::<Vec<_>>()).expect("a workspace");
@@ -360,17 +388,18 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
             .sum(),
         false => n_head_kv * n_cluster,
     };
-    let lookup_bytes = opened * (row_bytes + 8 + if s.spread == Spread::Diag { d } else { 0 });
+    let lookup_bytes = opened * (2 * d + 8 + if s.spread == Spread::Diag { d } else { 0 });
     let attend_bytes = (keys as usize + always) * (2 * row_bytes + 4)
-        + if s.estimate { n_head_kv * n_row * n_cluster * (row_bytes + 4 * group) } else { 0 };
+        + if s.estimate { n_head_kv * n_row * n_cluster * (2 * d + 4 * group) } else { 0 };
     let dense_bytes = n_kv * n_head_kv * 2 * row_bytes * n_row;
     let share = |bytes: usize, us: f64| bytes as f64 / us / copy;
     format!(
-        "{{\"heads\":{n_head},\"kv_heads\":{n_head_kv},\"d\":{d},\"prefix\":{n_prefix},\"rows\":{n_row},\"budget\":{},\
+        "{{\"type\":\"{}\",\"heads\":{n_head},\"kv_heads\":{n_head_kv},\"d\":{d},\"prefix\":{n_prefix},\"rows\":{n_row},\"budget\":{},\
          \"spread\":\"{:?}\",\"estimate\":{},\"cold\":{},\"sets\":{n_set},\"copy_tb_s\":{:.3},\"us\":{us:.2},\"dense_us\":{dense_us:.2},\
          \"lookup_us\":{:.2},\"select_us\":{:.2},\"attend_us\":{:.2},\"merge_us\":{:.2},\"lookup_mb\":{:.1},\
          \"attend_mb\":{:.1},\"lookup_share\":{:.3},\"attend_share\":{:.3},\"dense_share\":{:.3},\"kept\":{:.4},\
          \"coarse_share\":{},\"coarse_lookup_us\":{:.2},\"coarse_select_us\":{:.2},\"opened\":{:.4}}}",
+        s.element.name(),
         s.budget,
         s.spread,
         s.estimate,
@@ -398,7 +427,7 @@ fn main() {
     let text = words.join(" ");
     let shapes: Vec<Shape> = text.split(',').filter(|t| !t.trim().is_empty()).filter_map(parse).collect();
     if shapes.is_empty() {
-        eprintln!("usage: cuda HEADS/KV_HEADSxD@PREFIX ROWS BUDGET [radius|diag|none] [estimate] [coarse=SHARE] [unwatched] [cold][, ...]");
+        eprintln!("usage: cuda HEADS/KV_HEADSxD@PREFIX ROWS BUDGET [radius|diag|none] [estimate] [coarse=SHARE] [unwatched] [cold] [f16|bf16|q8_0|q4_0][, ...]");
         return;
     }
     let device = match Device::new(0) {

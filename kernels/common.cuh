@@ -137,8 +137,21 @@ __device__ __forceinline__ uint32_t key_of(const Entry *entries, const uint32_t 
     return __shfl_sync(ALL, own.first, at) + key - __shfl_sync(ALL, own.before, at);
 }
 
+// A word of a row and its place as one number: the finaliser of MurmurHash3. A digest is the sum over a K and a V row.
+__device__ __forceinline__ uint64_t mixed(uint64_t word, uint32_t place) {
+    uint64_t h = word + (place + 1) * 0x9e3779b97f4a7c15ull;
+    h = (h ^ h >> 33) * 0xff51afd7ed558ccdull;
+    h = (h ^ h >> 33) * 0xc4ceb9fe1a85ec53ull;
+    return h ^ h >> 33;
+}
+__device__ __forceinline__ uint64_t sum_lanes(uint64_t sum) {
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(ALL, sum, d);
+    return sum;
+}
+
 // Bits of a K and a V row as one number, in every lane of the warp that calls. Which head's rows depends on the token, so that
-// all heads are looked at in turn.
+// all heads are looked at in turn. Rows of D elements of 16 bits each.
 template <int D>
 __device__ __forceinline__ uint64_t digest_of(const Call &call, const Bound &bound, uint32_t token, uint32_t cell) {
     constexpr int LANES = D / 8;
@@ -149,19 +162,29 @@ __device__ __forceinline__ uint64_t digest_of(const Call &call, const Bound &bou
         const char *row = lane < LANES ? keys_of(call, bound.stream, head_kv) + cell * call.k.nb1
                                        : values_of(call, bound.stream, head_kv) + cell * call.v.nb1;
         const ulonglong2 own = *reinterpret_cast<const ulonglong2 *>(row + 16 * (lane % LANES));
-        const uint64_t words[2] = {own.x, own.y};
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            // The finaliser of MurmurHash3, over the word and its place.
-            uint64_t h = words[i] + (2 * lane + i + 1) * 0x9e3779b97f4a7c15ull;
-            h = (h ^ h >> 33) * 0xff51afd7ed558ccdull;
-            h = (h ^ h >> 33) * 0xc4ceb9fe1a85ec53ull;
-            sum += h ^ h >> 33;
-        }
+        sum = mixed(own.x, 2 * lane) + mixed(own.y, 2 * lane + 1);
     }
+    return sum_lanes(sum);
+}
+
+// Eight bytes of a row of `bytes`, which lie on a multiple of 2; zeros past its end.
+__device__ __forceinline__ uint64_t word_of(const char *row, uint32_t i, uint32_t bytes) {
+    uint64_t word = 0;
 #pragma unroll
-    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(ALL, sum, d);
-    return sum;
+    for (uint32_t k = 0; k < 4; ++k)
+        if (8 * i + 2 * k < bytes) word |= static_cast<uint64_t>(*reinterpret_cast<const uint16_t *>(row + 8 * i + 2 * k)) << 16 * k;
+    return word;
+}
+
+// The same number of rows of any type.
+__device__ __forceinline__ uint64_t digest_any(const Call &call, const Bound &bound, uint32_t token, uint32_t cell) {
+    const uint32_t head_kv = token % call.n_head_kv, n_k = (call.k_bytes + 7) / 8, n_v = (call.v_bytes + 7) / 8;
+    const char *k = keys_of(call, bound.stream, head_kv) + cell * call.k.nb1;
+    const char *v = values_of(call, bound.stream, head_kv) + cell * call.v.nb1;
+    uint64_t sum = 0;
+    for (uint32_t i = threadIdx.x % 32; i < n_k + n_v; i += 32)
+        sum += mixed(i < n_k ? word_of(k, i, call.k_bytes) : word_of(v, i - n_k, call.v_bytes), i);
+    return sum_lanes(sum);
 }
 
 __device__ __forceinline__ uint32_t cell_of(const Bound &bound, uint32_t token) {

@@ -3,12 +3,16 @@
 
 namespace squeeze {
 
-// Grid: (n_row * n_head_kv, group); block: (D, MERGE_GROUPS), a thread per dimension and group of states.
+// A thread per dimension and group of states; groups are whole warps.
+template <int D>
+constexpr int LANES = (D + 31) / 32 * 32;
+
+// Grid: (n_row * n_head_kv, group); block: (LANES<D>, MERGE_GROUPS).
 template <int D>
 __device__ void merge(const Call &call) {
     // States at a time: those that a thread has on their way, times the groups.
     constexpr int EACH = 16, BATCH = EACH * MERGE_GROUPS;
-    __shared__ float values[MERGE_GROUPS][D];
+    __shared__ float values[MERGE_GROUPS][LANES<D>];
     const uint32_t pair = blockIdx.x, g = blockIdx.y, d = threadIdx.x, group = threadIdx.y;
     const uint32_t head_kv = pair / call.n_row, row = pair % call.n_row, head = head_kv * call.group + g;
     const int lane = d % 32;
@@ -23,7 +27,7 @@ __device__ void merge(const Call &call) {
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             const uint32_t at = start + group + MERGE_GROUPS * i;
-            v[i] = at < n ? states[static_cast<uint64_t>(at) * step + d] : 0;
+            v[i] = at < n && (D % 32 == 0 || d < D) ? states[static_cast<uint64_t>(at) * step + d] : 0;
         }
         // Every warp looks at all of the batch's maxima and sums.
         float tops[BATCH / 32], sizes[BATCH / 32], top = m;
@@ -55,7 +59,7 @@ __device__ void merge(const Call &call) {
     }
     values[group][d] = value;
     __syncthreads();
-    if (group > 0) return;
+    if (group > 0 || (D % 32 != 0 && d >= D)) return;
 #pragma unroll
     for (int w = 1; w < MERGE_GROUPS; ++w) value += values[w][d];
     const RowAt place(call, row);
@@ -63,7 +67,16 @@ __device__ void merge(const Call &call) {
     out[d] = l > 0 ? value / l : 0;
 }
 
-extern "C" __global__ void __launch_bounds__(64 * MERGE_GROUPS) merge_64(const __grid_constant__ Call call) { merge<64>(call); }
-extern "C" __global__ void __launch_bounds__(128 * MERGE_GROUPS) merge_128(const __grid_constant__ Call call) { merge<128>(call); }
+#define MERGE(D)                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(LANES<D> *MERGE_GROUPS) merge_##D(const __grid_constant__ Call call) { \
+        merge<D>(call);                                                                                                 \
+    }
+MERGE(64)
+MERGE(80)
+MERGE(96)
+MERGE(112)
+MERGE(128)
+MERGE(192)
+MERGE(256)
 
 }  // namespace squeeze

@@ -2,6 +2,7 @@
 // sizes. Lengths count elements, strides bytes, unless a comment says otherwise.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
@@ -29,6 +30,8 @@ constexpr int MAX_GROUP = 16;
 
 enum Spread : uint32_t { SPREAD_NONE = 0, SPREAD_RADIUS = 1, SPREAD_DIAG = 2 };
 enum Mode : uint32_t { MODE_BUDGET = 0, MODE_THRESHOLD = 1, MODE_MASS = 2 };
+// Elements of K and V, in ggml's layouts: blocks of 32 behind an F16 scale, in the quantised types.
+enum Type : uint32_t { TYPE_F16 = 0, TYPE_BF16 = 1, TYPE_Q8_0 = 2, TYPE_Q4_0 = 3 };
 
 // One indexed layer, resident on the device; arrays as in index::LayerView, KV head outermost.
 struct Layer {
@@ -56,7 +59,7 @@ struct Bound {
     const uint32_t *cells;
     // [n_always] cells always attended, the sinks first.
     const uint32_t *always;
-    // [n_head_kv][head_dim_k] K rows that guard_cell held when it was bound; null: not checked.
+    // [n_head_kv] K rows that guard_cell held when it was bound, one after the other; null: not checked.
     const half *guard;
     // [1] 0: the binding no longer holds; null: it does. Cleared by a failed check of the guard.
     uint32_t *valid;
@@ -120,6 +123,14 @@ struct Call {
     uint32_t n_part, opened_cluster, opened_tiles;
     // Partial sums of dropped coarse clusters per column: one per warp of their select.
     uint32_t n_dropped;
+    uint32_t k_type, v_type;
+    // Elements of K and Q that are multiplied by a Hadamard matrix together; 0: none are.
+    uint32_t k_block;
+    // Bytes of a row of one head, and from one row to the next where it lies in shared memory.
+    uint32_t k_bytes, v_bytes, k_stage, v_stage;
+    // 1: bindings of rows were found under this very mask, which lookup then does not look at again.
+    uint32_t seen;
+    uint32_t unused;
     Bound bound[MAX_BOUND];
     // Workspace. A pair is head_kv * n_row + row, a column pair * group + head of the group.
     float *y;             // [columns][n_cluster] selection scores
@@ -144,7 +155,7 @@ struct Call {
 };
 
 // Sizes that the other side counts on.
-constexpr int CALL_BYTES = 1056;
+constexpr int CALL_BYTES = 1088;
 constexpr int WORK_BYTES = 24;
 static_assert(sizeof(Call) == CALL_BYTES && sizeof(Work) == WORK_BYTES);
 

@@ -1,5 +1,6 @@
 // Rows: which binding each query row of a graph has, found once per graph, before its layers. Ends bindings whose cells the
 // graph is about to write, or whose last clustered token is no longer the one that was bound.
+#include "format.cuh"
 #include "rows.cuh"
 
 namespace squeeze {
@@ -81,15 +82,55 @@ extern "C" __global__ void __launch_bounds__(ROWS_THREADS) rows_of(const __grid_
     }
 }
 
-// Single elements of a cache's K and V rows, side by side. A thread per element.
+namespace {
+
+__device__ __forceinline__ bool is_quantised(uint32_t type) { return type == TYPE_Q8_0 || type == TYPE_Q4_0; }
+
+// Numbers of a cell.
+__device__ __forceinline__ uint32_t width(const Compared &side) {
+    return is_quantised(side.type) ? 2 * side.n_dim + side.n_peak : side.n_dim;
+}
+
+__device__ float scale_of(uint32_t type, const char *row, uint32_t element) {
+    const uint32_t bytes = type == TYPE_Q8_0 ? 34 : 18;
+    return __half2float(__ushort_as_half(*reinterpret_cast<const uint16_t *>(row + element / 32 * bytes)));
+}
+
+// Number i of a cell, and what belongs to it, to `out`.
+__device__ void compare(const Compared &side, const uint32_t *elements, uint32_t cell, uint32_t i, float *out) {
+    const char *row = side.rows + cell * side.nb1;
+    const uint32_t d = elements[i];
+    if (i >= side.n_dim) {
+        // The scale gives it: -8 steps of Q4_0, 127 of Q8_0.
+        out[side.n_dim + i] = fabsf(scale_of(side.type, row, d)) * (side.type == TYPE_Q8_0 ? 127 : 8);
+        return;
+    }
+    const uint32_t n = max(side.block, 1u), first = d / n * n;
+    float sum = 0;
+    for (uint32_t j = 0; j < n; ++j) {
+        const float x = number(side.type, row, first + j);
+        sum += __popc(d % n & j) % 2 != 0 ? -x : x;
+    }
+    out[i] = sum * rsqrtf(static_cast<float>(n));
+    if (!is_quantised(side.type)) return;
+    // Each element of a block has an equal share of its rounding errors, which are uniform in a step.
+    float noise = 0;
+    for (uint32_t run = first / 32; 32 * run < first + n; ++run) noise += scale_of(side.type, row, 32 * run) * scale_of(side.type, row, 32 * run);
+    out[side.n_dim + i] = noise / 12 / max(n / 32, 1u);
+}
+
+}  // namespace
+
+// What a search compares of each cell. A thread per element or run.
 extern "C" __global__ void __launch_bounds__(ROWS_THREADS) gather(const __grid_constant__ Gather call) {
-    const uint32_t n = call.n_k + call.n_v;
+    const uint32_t n_k = call.k.n_dim + call.k.n_peak, n = n_k + call.v.n_dim + call.v.n_peak;
     const uint64_t at = static_cast<uint64_t>(blockIdx.x) * ROWS_THREADS + threadIdx.x;
     const uint32_t i = at % n;
     const uint64_t cell = at / n;
     if (cell >= call.n_cell) return;
-    const char *row = i < call.n_k ? call.k + cell * call.k_nb1 : call.v + cell * call.v_nb1;
-    call.out[at] = reinterpret_cast<const half *>(row)[call.elements[i]];
+    float *out = call.out + cell * (width(call.k) + width(call.v));
+    if (i < n_k) compare(call.k, call.elements, cell, i, out);
+    else compare(call.v, call.elements + n_k, cell, i - n_k, out + width(call.k));
 }
 
 }  // namespace squeeze

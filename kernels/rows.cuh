@@ -48,18 +48,29 @@ struct Rows {
     uint32_t *n_sparse;
 };
 
+// What a search compares of the K or the V rows of a cache, in the basis of the index.
+struct Compared {
+    const char *rows;
+    uint64_t nb1;
+    uint32_t type;
+    // Elements that are multiplied by a Hadamard matrix together; 0: none are.
+    uint32_t block;
+    // Elements, and runs of 32 whose largest magnitude is wanted: of quantised rows alone.
+    uint32_t n_dim, n_peak;
+};
+
 struct Gather {
-    const char *k, *v;
-    uint64_t k_nb1, v_nb1;
-    // [n_k + n_v] elements of a K row, then of a V row.
+    Compared k, v;
+    // K's elements, the first ones of its runs, then V's.
     const uint32_t *elements;
-    // [n_cell][n_k + n_v]
-    half *out;
-    uint32_t n_k, n_v, n_cell, unused;
+    // [n_cell] of K, then of V: [n_dim] numbers, and of quantised rows [n_dim] variances of their rounding errors and [n_peak] largest
+    // magnitudes.
+    float *out;
+    uint32_t n_cell, unused;
 };
 
 constexpr int ROWS_BYTES = 488;
-constexpr int GATHER_BYTES = 64;
+constexpr int GATHER_BYTES = 88;
 static_assert(sizeof(Rows) == ROWS_BYTES && sizeof(Gather) == GATHER_BYTES);
 
 }  // namespace squeeze

@@ -85,7 +85,7 @@ def main():
         r["best_dense_us"], r["speed_up"] = best, best / r["us"]
         if out:
             print(json.dumps(r), file=out, flush=True)
-        spread = r["spread"].lower() + (" + estimate" if r["estimate"] else "")
+        spread = r["spread"].lower() + (" + estimate" if r["estimate"] else "") + ("" if r["type"] == "f16" else f", {r['type']}")
         spread += " + cold" if r["cold"] else ""
         flat = r["coarse_share"] >= 1
         spread += "" if flat else f" + coarse {r['coarse_share']}"

@@ -36,6 +36,20 @@ pub fn by_chance(model: &Model, n: usize, seed: u64) -> Vec<i32> {
     (0..n).map(|_| (split_mix(&mut state) % model.n_vocab() as u64) as i32).collect()
 }
 
+/// Computes a prefix, most of it without attention: what the cache holds is of no account here, and attention takes most of the
+/// time.
+fn compute(context: &mut Context<'_>, tokens: &[i32]) -> Result<()> {
+    let free = tokens.len().saturating_sub(ATTENDED);
+    let attend = |yes: bool| backend::configure(|config| (config.disable, config.attention_free) = (yes, !yes));
+    let phase = Phase::new("prefill", free);
+    attend(false);
+    context.prefill(&tokens[..free], |done| phase.step(done))?;
+    attend(true);
+    phase.end();
+    build_cmd::prefill(context, tokens)?;
+    Ok(())
+}
+
 /// Computes the prefix in a context with room for `slack` more tokens, writes its synthetic index to `file` and loads that.
 ///
 /// # Errors
@@ -59,15 +73,7 @@ pub fn open<'m>(
     register(config.clone())?;
     let capture = Capture::new(n, settings.n_window as usize);
     let mut context = Context::with_capture(model, args, n + slack, capture)?;
-    // What most of the cache holds is of no account here, and its attention takes most of the time.
-    let free = n.saturating_sub(ATTENDED);
-    let attend = |yes: bool| backend::configure(|config| (config.disable, config.attention_free) = (yes, !yes));
-    let phase = Phase::new("prefill", free);
-    attend(false);
-    context.prefill(&tokens[..free], |done| phase.step(done))?;
-    attend(true);
-    phase.end();
-    build_cmd::prefill(&mut context, &tokens)?;
+    compute(&mut context, &tokens)?;
     let meta = build_cmd::meta(model, args, Chat::Raw, settings, tokens.clone())?;
     let mut made = Assembly::new(IndexMeta { synthetic: true, ..meta }, settings);
     let capture = context.capture().context("the context was made with a capture")?;
@@ -76,9 +82,12 @@ pub fn open<'m>(
         Ok(Made::Layer(Box::new(made), if first { Some(build::sketch(layer)?) } else { None }))
     };
     build_cmd::cluster(capture, &mut made, &mut make)?;
-    capture.end();
     index::write(file, &made.finish()?)?;
+    // Graphs under a callback are new ones each time; those that are measured are not.
+    drop(context);
     eprintln!("synthetic index: its clusters are made up, so speed is all that can be measured with it");
     register(Config { index_paths: vec![file.to_path_buf()], ..config })?;
+    let mut context = Context::new(model, args, n + slack, None)?;
+    compute(&mut context, &tokens)?;
     Ok(Session { context, n_prefix: n, tokens })
 }

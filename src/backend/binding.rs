@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use half::f16;
 
-use super::rows::{is_quantised, CacheRows, Row, Rows};
+use super::rows::{is_quantised, CacheRows, Part, Row, Rows};
 use crate::attention::{Element, Rotation};
 use crate::hadamard::rotate;
 use crate::index::{peak_run, Index, PEAK_RUN};
@@ -20,16 +20,6 @@ pub const PEAK_TOLERANCE: f32 = 0.0075;
 /// Rounding of a quantised row is allowed for this many times over in the square of a distance. Normal errors of 16 elements
 /// exceed five times their mean in 1 row of 5 10^9; four times would be 1 of 10^7, too often for long prefixes.
 const NOISE_ALLOWANCE: f32 = 5.0;
-/// Places of the elements in a compact copy; a sketch has far fewer.
-const PLACES: [u32; 64] = {
-    let mut places = [0; 64];
-    let mut i = 0;
-    while i < places.len() {
-        places[i] = i as u32;
-        i += 1;
-    }
-    places
-};
 /// Start cells tried for a contiguous placement.
 const MAX_STARTS: usize = 32;
 
@@ -79,6 +69,11 @@ fn limits(rows: &[f16], n: usize, n_token: usize, tolerance: f32) -> Vec<f32> {
 /// row's basis.
 fn distance2(row: Row, block: usize, dims: &[u32], sketch: &[f16]) -> f32 {
     let difference = |x: f32, expected: &f16| (x - expected.to_f32()).powi(2);
+    if row.compact.is_some() {
+        let noise = |i| if is_quantised(row.element) { row.copied(Part::Noise, i) } else { 0.0 };
+        let of = |(i, s)| difference(row.copied(Part::Element, i), s) - NOISE_ALLOWANCE * noise(i);
+        return sketch.iter().enumerate().map(of).sum();
+    }
     if block == 0 {
         let of = |(&d, s)| difference(row.get(d as usize), s) - NOISE_ALLOWANCE * row.noise(d as usize);
         return dims.iter().zip(sketch).map(of).sum();
@@ -102,7 +97,10 @@ fn distance2(row: Row, block: usize, dims: &[u32], sketch: &[f16]) -> f32 {
 
 /// Squared distance of a quantised row's peaks to those of a sketch.
 fn peak_distance2(row: Row, n_run: usize, peaks: &[f16]) -> f32 {
-    let peak = |i| row.peak(peak_run(i, peaks.len(), n_run) * PEAK_RUN).unwrap_or(f32::NAN);
+    let peak = |i| match row.compact {
+        Some(_) => row.copied(Part::Peak, i),
+        None => row.peak(peak_run(i, peaks.len(), n_run) * PEAK_RUN).unwrap_or(f32::NAN),
+    };
     peaks.iter().enumerate().map(|(i, expected)| (peak(i) - expected.to_f32()).powi(2)).sum()
 }
 
@@ -127,14 +125,6 @@ impl Half<'_> {
     }
 }
 
-/// Where a row holds the elements `dims`.
-fn places(dims: &[u32], compact: bool) -> &[u32] {
-    match compact {
-        true => &PLACES[..dims.len()],
-        false => dims,
-    }
-}
-
 impl Matcher {
     pub fn new(index: Arc<Index>) -> Matcher {
         let sketch = index.sketch();
@@ -147,11 +137,11 @@ impl Matcher {
         Matcher { index, k_limit, v_limit, k_peak_limit, v_peak_limit, by_element, by_peak }
     }
 
-    fn k_half(&self, token: usize, compact: bool) -> Half<'_> {
+    fn k_half(&self, token: usize) -> Half<'_> {
         let s = self.index.sketch();
         let (n, n_peak) = (s.k_dims.len(), s.k_peaks.len() / self.k_limit.len());
         Half {
-            dims: places(s.k_dims, compact),
+            dims: s.k_dims,
             elements: &s.k[token * n..(token + 1) * n],
             peaks: &s.k_peaks[token * n_peak..(token + 1) * n_peak],
             limit: self.k_limit[token],
@@ -160,11 +150,11 @@ impl Matcher {
         }
     }
 
-    fn v_half(&self, token: usize, compact: bool) -> Half<'_> {
+    fn v_half(&self, token: usize) -> Half<'_> {
         let s = self.index.sketch();
         let (n, n_peak) = (s.v_dims.len(), s.v_peaks.len() / self.v_limit.len());
         Half {
-            dims: places(s.v_dims, compact),
+            dims: s.v_dims,
             elements: &s.v[token * n..(token + 1) * n],
             peaks: &s.v_peaks[token * n_peak..(token + 1) * n_peak],
             limit: self.v_limit[token],
@@ -175,8 +165,8 @@ impl Matcher {
 
     /// Does `cell` hold prefix token `token` at its position?
     pub fn matches(&self, token: usize, rows: &CacheRows, cell: usize) -> bool {
-        self.k_half(token, rows.k.compact).matches(rows.k_row(cell), rows.k.len)
-            && self.v_half(token, rows.v.compact).matches(rows.v_row(cell), rows.v.len)
+        self.k_half(token).matches(rows.k_row(cell), rows.k.len)
+            && self.v_half(token).matches(rows.v_row(cell), rows.v.len)
     }
 
     /// Basis of a cache of these types, once it has matched.
@@ -186,14 +176,24 @@ impl Matcher {
         Rotation { k: block(k, sketch.k_block), v: block(v, sketch.v_block) }
     }
 
+    /// First elements of the runs whose peaks the sketch has, of a K row and of a V row of so many elements.
+    pub fn peak_places(&self, len_k: usize, len_v: usize) -> [Vec<u32>; 2] {
+        let sketch = self.index.sketch();
+        let places = |peaks: &[f16], len: usize| {
+            let n = peaks.len() / self.k_limit.len();
+            (0..n).map(|i| (peak_run(i, n, len / PEAK_RUN) * PEAK_RUN) as u32).collect()
+        };
+        [places(sketch.k_peaks, len_k), places(sketch.v_peaks, len_v)]
+    }
+
     /// True where the rows can be compared at all.
     pub fn fits(&self, rows: &CacheRows) -> bool {
         let sketch = self.index.sketch();
         self.index.layer(sketch.layer).is_some_and(|layer| {
             let s = layer.shape;
             let len = |rows: &Rows, head_dim: u32, dims: &[u32]| match rows.compact {
-                true => rows.len == dims.len(),
-                false => rows.len == (s.n_head_kv * head_dim) as usize,
+                Some(_) => rows.len == dims.len(),
+                None => rows.len == (s.n_head_kv * head_dim) as usize,
             };
             len(&rows.k, s.head_dim_k, sketch.k_dims) && len(&rows.v, s.head_dim_v, sketch.v_dims)
         })
@@ -245,15 +245,16 @@ impl Matcher {
     fn near<'a>(&'a self, rows: &CacheRows, cell: usize) -> Box<dyn Iterator<Item = usize> + 'a> {
         let sketch = self.index.sketch();
         let row = rows.k_row(cell);
-        let (order, numbers, n, value) = match row.peak(0) {
+        let (order, numbers, n) = match is_quantised(row.element) {
+            true => (&self.by_peak, sketch.k_peaks, sketch.k_peaks.len() / self.k_limit.len()),
+            false => (&self.by_element, sketch.k, sketch.k_dims.len()),
+        };
+        let value = match (row.compact, row.peak(0)) {
+            (Some(_), _) if is_quantised(row.element) => row.copied(Part::Peak, 0),
+            (Some(_), _) => row.copied(Part::Element, 0),
             // the first peak is that of the first run
-            Some(peak) => (&self.by_peak, sketch.k_peaks, sketch.k_peaks.len() / self.k_limit.len(), peak),
-            None => (
-                &self.by_element,
-                sketch.k,
-                sketch.k_dims.len(),
-                row.get(places(sketch.k_dims, rows.k.compact)[0] as usize),
-            ),
+            (None, Some(peak)) => peak,
+            (None, None) => row.get(sketch.k_dims[0] as usize),
         };
         Box::new(order.near(value, move |t| numbers[t as usize * n].to_f32()).map(|t| t as usize))
     }

@@ -104,10 +104,41 @@ impl Cache {
             stride: element.row_bytes(self.len),
             len: self.len,
             element,
-            compact: false,
+            compact: None,
         };
         CacheRows { k: rows(&self.k, self.k_type), v: rows(&self.v, self.v_type), n_cell: N_CELL }
     }
+}
+
+/// What a search copies of all rows, and the rows made of it.
+fn copied<'a>(
+    full: &Rows,
+    row: &dyn Fn(usize) -> Row<'a>,
+    dims: &[u32],
+    peaks: &[u32],
+    block: usize,
+) -> (Vec<f32>, Rows) {
+    let of = |cell: usize| {
+        let mut turned = vec![0.0; full.len];
+        row(cell).decode(0, &mut turned);
+        rotate(&mut turned, block);
+        let mut out: Vec<f32> = dims.iter().map(|d| turned[*d as usize]).collect();
+        if is_quantised(full.element) {
+            let noise = |d: &u32| {
+                let first = *d as usize / block.max(1) * block.max(1);
+                let runs = first..first + block.max(1);
+                let all: Vec<f32> = runs.step_by(PEAK_RUN).map(|i| row(cell).noise(i)).collect();
+                all.iter().sum::<f32>() / all.len() as f32
+            };
+            out.extend(dims.iter().map(noise));
+            out.extend(peaks.iter().map(|i| row(cell).peak(*i as usize).unwrap()));
+        }
+        out
+    };
+    let data: Vec<f32> = (0..N_CELL).flat_map(of).collect();
+    let stride = 4 * data.len() / N_CELL;
+    let rows = Rows { data: data.as_ptr().cast(), stride, len: dims.len(), compact: Some(peaks.len()), ..*full };
+    (data, rows)
 }
 
 fn all_cells() -> Vec<u32> {
@@ -142,22 +173,16 @@ proptest! {
         for cells in [(start..start + N_PREFIX as u32).collect(), scattered(&mut rng)] {
             let cache = Cache::new(&p, [k, v], &cells, &mut rng);
             prop_assert_eq!(p.matcher.find(&cache.rows(), &all_cells(), &|_| true), Some(cells.clone()));
-            if k == Element::F16 && v == Element::F16 {
-                // A copy of the sketch's elements alone, as it is made of a cache on a GPU.
-                let (full, sketch) = (cache.rows(), p.matcher.index.sketch());
-                let part = |row: Row, dims: &[u32]| -> Vec<f16> {
-                    dims.iter().map(|d| f16::from_f32(row.get(*d as usize))).collect()
-                };
-                let copy = |dims: &[u32], row: &dyn Fn(usize) -> Vec<f16>| {
-                    let data: Vec<f16> = (0..N_CELL).flat_map(row).collect();
-                    let rows = Rows { data: data.as_ptr().cast(), stride: 2 * dims.len(), len: dims.len(), compact: true, ..full.k };
-                    (data, rows)
-                };
-                let (_k_data, k) = copy(sketch.k_dims, &|cell| part(full.k_row(cell), sketch.k_dims));
-                let (_v_data, v) = copy(sketch.v_dims, &|cell| part(full.v_row(cell), sketch.v_dims));
-                let compact = CacheRows { k, v, n_cell: N_CELL };
-                prop_assert_eq!(p.matcher.find(&compact, &all_cells(), &|_| true), Some(cells));
-            }
+            // A copy of what the sketch compares alone, as it is made of a cache on a GPU.
+            let (full, sketch) = (cache.rows(), p.matcher.index.sketch());
+            let [k_peaks, v_peaks] = p.matcher.peak_places(full.k.len, full.v.len);
+            let (_k_data, k) = copied(&full.k, &|cell| full.k_row(cell), sketch.k_dims, &k_peaks, rotation.k);
+            let (_v_data, v) = copied(&full.v, &|cell| full.v_row(cell), sketch.v_dims, &v_peaks, rotation.v);
+            let compact = CacheRows { k, v, n_cell: N_CELL };
+            prop_assert_eq!(p.matcher.find(&compact, &all_cells(), &|_| true), Some(cells.clone()));
+            let (other, cell) = ((cells[7] + 1) as usize % N_CELL, cells[7] as usize);
+            prop_assert_eq!(p.matcher.matches(7, &compact, other), p.matcher.matches(7, &full, other));
+            prop_assert!(p.matcher.matches(7, &compact, cell));
         }
     }
 

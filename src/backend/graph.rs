@@ -190,7 +190,7 @@ pub fn tiles<'a>(rows: &[Row], n_query: usize, tile: usize, seen: impl Fn(usize)
 }
 
 /// Is this a quantised cache that llama.cpp was told not to rotate? Then its rows are not what an index's sketch is of.
-fn unrotated(problem: &Problem, snapshot: &Snapshot) -> bool {
+pub(super) fn unrotated(problem: &Problem, snapshot: &Snapshot) -> bool {
     static DISABLED: OnceLock<bool> = OnceLock::new();
     let read = || std::env::var("LLAMA_ATTN_ROT_DISABLE").is_ok_and(|v| v.trim().parse::<i32>().is_ok_and(|n| n != 0));
     let turned = |l: &Loaded| l.matcher.rotation(problem.k_type, problem.v_type) != Rotation::default();

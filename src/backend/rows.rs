@@ -13,8 +13,9 @@ pub struct Rows {
     /// Elements per row, a multiple of the type's block.
     pub len: usize,
     pub element: Element,
-    /// A copy of the sketch's elements alone, in its order.
-    pub compact: bool,
+    /// A copy of what a sketch compares alone, in its order and as f32: `len` elements in the basis of the index, and of quantised
+    /// rows the variances of their rounding errors and so many peaks.
+    pub compact: Option<usize>,
 }
 
 /// Both halves of one layer and one stream.
@@ -43,11 +44,15 @@ impl CacheRows {
 
 impl Rows {
     fn row(&self, cell: usize) -> Row<'_> {
-        let size = self.element.row_bytes(self.len);
+        let size = match self.compact {
+            None => self.element.row_bytes(self.len),
+            Some(_) if !is_quantised(self.element) => 4 * self.len,
+            Some(n_peak) => 4 * (2 * self.len + n_peak),
+        };
         // SAFETY: whoever made the value vouches for rows of `size` bytes, as many as `CacheRows` says (checked by its
         // methods, the only callers), alive while it is used.
         let bytes = unsafe { std::slice::from_raw_parts(self.data.add(cell * self.stride), size) };
-        Row { bytes, element: self.element }
+        Row { bytes, element: self.element, compact: self.compact.map(|_| self.len) }
     }
 }
 
@@ -56,9 +61,31 @@ impl Rows {
 pub struct Row<'a> {
     pub bytes: &'a [u8],
     pub element: Element,
+    /// Elements of a compact copy.
+    pub compact: Option<usize>,
+}
+
+/// What a compact copy has of a row.
+#[derive(Clone, Copy)]
+pub enum Part {
+    Element,
+    /// Variance of an element's rounding error.
+    Noise,
+    Peak,
 }
 
 impl Row<'_> {
+    /// Number `i` of a compact copy.
+    pub fn copied(&self, part: Part, i: usize) -> f32 {
+        let n = self.compact.unwrap_or_default();
+        let at = match part {
+            Part::Element => i,
+            Part::Noise => n + i,
+            Part::Peak => 2 * n + i,
+        };
+        f32::from_le_bytes([0, 1, 2, 3].map(|b| self.bytes[4 * at + b]))
+    }
+
     /// Bytes of the block that holds element `i`, and its place in the block.
     fn block(&self, i: usize) -> (&[u8], usize) {
         let (n, size) = (self.element.block(), self.element.block_bytes());
@@ -151,7 +178,7 @@ pub mod tests {
         for element in Element::ALL {
             let bytes = encode(&row, element);
             assert_eq!(bytes.len(), element.row_bytes(row.len()));
-            let read = Row { bytes: &bytes, element };
+            let read = Row { bytes: &bytes, element, compact: None };
             let mut all = vec![0.0; 60];
             read.decode(30, &mut all);
             for (i, x) in row.iter().enumerate() {
@@ -172,7 +199,7 @@ pub mod tests {
     fn a_block_of_zeros_is_zero() {
         for element in Element::ALL {
             let bytes = encode(&[0.0; 32], element);
-            let read = Row { bytes: &bytes, element };
+            let read = Row { bytes: &bytes, element, compact: None };
             assert!((0..32).all(|i| read.get(i) == 0.0 && read.noise(i) == 0.0));
         }
     }

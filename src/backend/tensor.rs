@@ -172,7 +172,7 @@ fn half_rows(root: Tensor, stream: usize) -> Option<Rows> {
         return None;
     }
     let data = root.raw().data.cast::<u8>().wrapping_add(stream * nb[2]);
-    Some(Rows { data, stride: nb[1], len: ne[0], element, compact: false })
+    Some(Rows { data, stride: nb[1], len: ne[0], element, compact: None })
 }
 
 /// Tensors of an attention call.

@@ -1,8 +1,10 @@
 //! What is done once per graph: each row's binding by its mask, and what ends a binding.
 
-use ggml_squeeze::attention::cuda::{gather, DeviceRows, Masks, RowMap, RowNumbers, Stream, Watched};
+use ggml_squeeze::attention::cuda::{gather, Compared, DeviceRows, Masks, RowMap, RowNumbers, Stream, Watched};
 
+use super::attend_case::{decode, encode};
 use super::*;
+use ggml_squeeze::hadamard;
 
 const N_CELL: usize = 700;
 const N_KV: usize = 640;
@@ -12,7 +14,7 @@ const ROW: usize = 24;
 /// An index of so many tokens in these cells.
 fn bind(device: &Arc<Device>, cells: &[u32]) -> Watched {
     let case = Case::new(&Spec { n_prefix: N_PREFIX, ..Spec::base() });
-    let resident = Resident::of(&case.call.bindings[0].index, device).unwrap();
+    let resident = Resident::of(&case.call.bindings[0].index, device, 0).unwrap();
     Watched::new(Bound::new(resident, cells, N_CELL, 0).unwrap(), cells, N_CELL).unwrap()
 }
 
@@ -59,7 +61,7 @@ impl Fixture {
 
     fn cache_rows(&self) -> DeviceRows {
         let at = |half: usize| (self.cache.address() + (half * N_CELL * ROW * 2) as u64, 2 * ROW, ROW);
-        DeviceRows { k: at(0), v: at(1), n_cell: N_CELL }
+        DeviceRows { k: at(0), v: at(1), types: [Element::F16; 2], n_cell: N_CELL }
     }
 
     fn map(&self, device: &Arc<Device>, n_choice: usize) -> RowMap {
@@ -133,17 +135,64 @@ fn a_change_of_the_guarded_rows_ends_a_binding() {
     }
 }
 
+/// Rows of 256 elements of a type as a cache holds them, turned in blocks, and the numbers in them.
+fn cache_of(element: Element, block: usize, random: &mut Random) -> (Vec<u8>, Vec<Vec<f32>>) {
+    let (mut bytes, mut rows) = (Vec::new(), Vec::new());
+    for _ in 0..300 {
+        let first = bytes.len();
+        let row: Vec<f32> = (0..256).map(|_| 2.0 * random.normal()).collect();
+        encode(element, &row, &mut bytes);
+        let mut row = decode(element, &bytes[first..]);
+        hadamard::rotate(&mut row, block);
+        rows.push(row);
+    }
+    (bytes, rows)
+}
+
 #[test]
-fn gathered_elements_are_those_of_the_rows() {
+fn what_a_search_compares_is_that_of_the_rows() {
     let Some(device) = gpu() else { return };
-    let f = Fixture::new(&device, 5);
-    let (k_dims, v_dims) = ([0, 3, 23], [22, 1]);
-    // SAFETY: rows of `f.cache`.
-    let found = unsafe { gather(&f.cache_rows(), 650, &k_dims, &v_dims, &device, &f.stream) }.unwrap();
-    let cache: Vec<f16> = f.cache.read(0, 2 * N_CELL * ROW).unwrap();
-    for (cell, own) in found.chunks_exact(5).enumerate() {
-        let element = |half: usize, d: u32| cache[(half * N_CELL + cell) * ROW + d as usize];
-        let want: Vec<f16> = k_dims.map(|d| element(0, d)).into_iter().chain(v_dims.map(|d| element(1, d))).collect();
-        assert_eq!(own, want);
+    let stream = Stream::new(&device).unwrap();
+    let types = [Element::F16, Element::BF16, Element::Q8_0, Element::Q4_0];
+    for (n, element) in types.into_iter().enumerate() {
+        let random = &mut Random(n as u64);
+        // K turned or not, V the other way round and of another type.
+        let elements = [element, types[(n + 1) % 4]];
+        let blocks = if n % 2 == 0 { [128, 0] } else { [0, 64] };
+        let dims = [vec![0, 3, 23, 130, 255], vec![254, 1]];
+        let peaks = [vec![0, 64, 224], vec![32]];
+        let caches = [0, 1].map(|i| cache_of(elements[i], blocks[i], random));
+        let buffers = [0, 1].map(|i| Buffer::of(&device, "a test", &caches[i].0).unwrap());
+        let at = |i: usize| (buffers[i].address(), elements[i].row_bytes(256), 256);
+        let rows = DeviceRows { k: at(0), v: at(1), types: elements, n_cell: 300 };
+        let side = |i: usize| Compared { dims: &dims[i], block: blocks[i], peaks: &peaks[i] };
+        // SAFETY: rows of `buffers`.
+        let found = unsafe { gather(&rows, 280, &side(0), &side(1), &device, &stream) }.unwrap();
+        let mut want = Vec::new();
+        for cell in 0..280 {
+            for i in 0..2 {
+                want.extend(dims[i].iter().map(|d| caches[i].1[cell][*d as usize]));
+                if elements[i].block() == 1 {
+                    continue;
+                }
+                let size = elements[i].block_bytes();
+                let scale = |element: usize| {
+                    let at = cell * elements[i].row_bytes(256) + element / 32 * size;
+                    f16::from_le_bytes([caches[i].0[at], caches[i].0[at + 1]]).to_f32()
+                };
+                want.extend(dims[i].iter().map(|d| {
+                    let first = *d as usize / blocks[i].max(32) * blocks[i].max(32);
+                    let runs = (first..first + blocks[i].max(32)).step_by(32);
+                    let n = runs.len() as f32;
+                    runs.map(|at| scale(at).powi(2) / 12.0).sum::<f32>() / n
+                }));
+                let steps = if elements[i] == Element::Q8_0 { 127.0 } else { 8.0 };
+                want.extend(peaks[i].iter().map(|at| scale(*at as usize).abs() * steps));
+            }
+        }
+        assert_eq!(found.len(), want.len(), "{element:?}");
+        for (at, (f, w)) in found.iter().zip(&want).enumerate() {
+            assert!((f - w).abs() <= 1e-5 * (1.0 + w.abs()), "{element:?}: number {at} is {f}, not {w}");
+        }
     }
 }

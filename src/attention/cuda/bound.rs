@@ -5,8 +5,8 @@ use std::sync::Arc;
 use cudarc::driver::sys;
 
 use super::params::{self, CHECK_BLOCKS, SAMPLE};
-use super::{Buffer, Error, Resident, HEAD_DIMS};
-use crate::attention::Array;
+use super::{Buffer, Error, Resident};
+use crate::attention::{Array, Element};
 
 /// Where the prefix's tokens are in the cache, on the device.
 pub struct Bound {
@@ -80,11 +80,11 @@ impl Bound {
         })
     }
 
-    /// From now on every call of that layer checks first that K's rows in `cell` are these: `[n_head_kv][head_dim_k]` F16.
+    /// From now on every call of that layer checks first that K's rows in `cell` are these, of all KV heads, one after the other.
     ///
     /// # Errors
     /// Device memory is short.
-    pub fn guard(&mut self, layer: u32, cell: u32, rows: &[half::f16]) -> Result<(), Error> {
+    pub fn guard(&mut self, layer: u32, cell: u32, rows: &[u8]) -> Result<(), Error> {
         let buffer = Buffer::of(self.resident.device(), "a binding", rows)?;
         self.guards.retain(|g| g.0 != layer);
         self.guards.push((layer, cell, buffer));
@@ -92,24 +92,34 @@ impl Bound {
     }
 
     /// From now on every call of that layer compares 64 tokens' rows, each call other ones, with what `k` and `v` hold when the
-    /// stream comes to this: `[d, n_kv, n_head_kv, n_stream]` F16 as in a call. After ceil(P / 64) calls all have had their
+    /// stream comes to this: `[d, n_kv, n_head_kv, n_stream]` as in a call, of `types`. After ceil(P / 64) calls all have had their
     /// turn. Of a token one KV head's K and V row are compared: a cell is written for all heads or for none. Does not wait.
     ///
     /// # Errors
     /// The layer is not in the index, the arrays are not its shape, or device memory is short.
     ///
     /// # Safety
-    /// `stream` is one of the device's primary context; the arrays are valid until it is done, and rows lie on 16 bytes.
-    pub unsafe fn watch(&mut self, layer: u32, k: &Array, v: &Array, stream: sys::CUstream) -> Result<(), Error> {
+    /// `stream` is one of the device's primary context; the arrays are valid until it is done.
+    pub unsafe fn watch(
+        &mut self,
+        layer: u32,
+        k: &Array,
+        v: &Array,
+        types: [Element; 2],
+        stream: sys::CUstream,
+    ) -> Result<(), Error> {
         let resident = self.resident.clone();
         let (device, n_prefix) = (resident.device(), resident.index().meta().n_prefix());
         let shape = resident.index().layer(layer).map(|view| view.shape);
         let wanted = shape.map(|s| [s.head_dim_k, s.head_dim_v, s.n_head_kv].map(|n| n as usize));
-        let head = HEAD_DIMS.iter().position(|d| *d == k.ne[0]);
-        let (Some(head), true) = (head, wanted == Some([k.ne[0], v.ne[0], k.ne[2]]) && k.ne[1] == v.ne[1]) else {
+        if wanted != Some([k.ne[0], v.ne[0], k.ne[2]]) || k.ne[1] != v.ne[1] {
             let got = format!("{:?} and {:?}", k.ne, v.ne);
             return Err(Error::Unsupported { what: "the shape of K and V", got, want: "that of an indexed layer" });
-        };
+        }
+        if [k, v].iter().any(|a| !(a.data as usize | a.nb[1] | a.nb[2] | a.nb[3]).is_multiple_of(2)) {
+            let got = format!("{:?} and {:?}", k.nb, v.nb);
+            return Err(Error::Unsupported { what: "the place of K and V", got, want: "rows on multiples of 2 bytes" });
+        }
         // A captured call may hold the address of an earlier one.
         if self.digests.iter().all(|d| d.0 != layer) {
             self.digests.push((layer, Buffer::new(device, "a binding", 8 * n_prefix + 4 * CHECK_BLOCKS)?));
@@ -119,6 +129,8 @@ impl Bound {
             v: params::strided(v),
             n_kv: k.ne[1] as u32,
             n_head_kv: k.ne[2] as u32,
+            k_bytes: types[0].row_bytes(k.ne[0]) as u32,
+            v_bytes: types[1].row_bytes(v.ne[0]) as u32,
             ..Default::default()
         };
         call.bound[0] = self.parameters(layer, k.ne[1]).expect("the layer was looked up above")[0];
@@ -130,7 +142,7 @@ impl Bound {
             sys::cuMemsetD32Async(call.bound[0].turns, turn, CHECK_BLOCKS, stream)
                 .result()
                 .map_err(Error::driver("set memory"))?;
-            device.start(device.heads[head].digest, grid, [params::DIGEST_THREADS, 1], &call, false, stream)
+            device.start(device.digest, grid, [params::DIGEST_THREADS, 1], &call, false, stream)
         }
     }
 

@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, Weak};
 
 use cudarc::driver::{result, sys, DriverError};
 
-use super::params::{self, ATTEND_THREADS, LOOKUP_THREADS};
+use super::kinds::{Attend, Lookup};
+use super::params;
 use super::Error;
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
@@ -24,25 +25,24 @@ impl Error {
 
 const NONE: sys::CUfunction = std::ptr::null_mut();
 
-/// Kernels of one head size: lookup without and with the spread by dimension, over all clusters and over those of opened
-/// coarse ones, attend for up to 8 and up to 16 heads of a group. `blocks`: how many of a kernel the whole GPU runs at once.
-pub(super) struct Kernels {
-    pub digest: sys::CUfunction,
-    pub lookup: [sys::CUfunction; 2],
-    pub lookup_blocks: [usize; 2],
-    pub opened: [sys::CUfunction; 2],
-    pub opened_blocks: [usize; 2],
-    pub attend: [sys::CUfunction; 2],
-    pub attend_blocks: [usize; 2],
-    pub merge: sys::CUfunction,
-}
+/// A kernel.
+#[derive(Clone, Copy)]
+pub(super) struct Function(pub sys::CUfunction);
+
+// SAFETY: a handle of the driver, which any thread may use.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
 
 /// A GPU with the kernels in its primary context, which is the CUDA runtime's, hence ggml's.
 pub struct Device {
     ordinal: usize,
     cu: sys::CUdevice,
     context: sys::CUcontext,
-    modules: Vec<sys::CUmodule>,
+    n_sm: usize,
+    /// Shared memory that a block may have if it asks for it.
+    shared_max: usize,
+    modules: Mutex<Vec<sys::CUmodule>>,
     name: String,
     /// For each of `params::SELECT`: by keys, and by mass.
     pub(super) select: [[sys::CUfunction; 2]; params::SELECT.len()],
@@ -50,9 +50,14 @@ pub struct Device {
     pub(super) select_coarse: [sys::CUfunction; params::SELECT_COARSE.len()],
     /// By keys, and by mass.
     pub(super) select_opened: [[sys::CUfunction; 2]; params::SELECT_OPENED.len()],
-    pub(super) heads: [Kernels; 2],
+    pub(super) digest: sys::CUfunction,
+    /// By `params::HEAD_DIMS_V`.
+    pub(super) merge: [sys::CUfunction; params::HEAD_DIMS_V.len()],
     pub(super) rows_of: sys::CUfunction,
     pub(super) gather: sys::CUfunction,
+    /// Those of some types and head sizes, once a call has wanted them.
+    pub(super) lookups: Mutex<Vec<Lookup>>,
+    pub(super) attends: Mutex<Vec<Attend>>,
     /// Can a kernel start while the one before it ends? Those built for compute capability 9.0 and later do; PTX for 8.0 does
     /// not, whatever GPU it runs on.
     overlap: bool,
@@ -62,6 +67,13 @@ pub struct Device {
 unsafe impl Send for Device {}
 // SAFETY: as above.
 unsafe impl Sync for Device {}
+
+/// A kernel of a module.
+pub(super) fn function(module: sys::CUmodule, name: &str) -> Result<sys::CUfunction, Error> {
+    let name = CString::new(name).expect("names have no zero");
+    // SAFETY: a module that is loaded.
+    unsafe { result::module::get_function(module, name) }.map_err(Error::driver("find a kernel"))
+}
 
 impl Device {
     /// Number of GPUs; an error says why there can be none.
@@ -141,6 +153,7 @@ impl Device {
             return Err(Error::OldDevice { ordinal, major, minor });
         }
         let n_sm = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+        let shared_max = attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
         let name = Device::name_of(ordinal)?;
         // SAFETY: `cu` is a device; released when the result is dropped.
         let context = unsafe { result::primary_ctx::retain(cu) }.map_err(Error::driver("open the context"))?;
@@ -148,67 +161,75 @@ impl Device {
             ordinal,
             cu,
             context,
-            modules: Vec::new(),
+            n_sm,
+            shared_max,
+            modules: Mutex::new(Vec::new()),
             name,
             select: [[NONE; 2]; params::SELECT.len()],
             select_alone: [NONE; params::SELECT_ALONE.len()],
             select_coarse: [NONE; params::SELECT_COARSE.len()],
             select_opened: [[NONE; 2]; params::SELECT_OPENED.len()],
-            heads: [(); 2].map(|()| Kernels {
-                digest: NONE,
-                opened: [NONE; 2],
-                opened_blocks: [0; 2],
-                lookup: [NONE; 2],
-                lookup_blocks: [0; 2],
-                attend: [NONE; 2],
-                attend_blocks: [0; 2],
-                merge: NONE,
-            }),
+            digest: NONE,
+            merge: [NONE; params::HEAD_DIMS_V.len()],
             rows_of: NONE,
             gather: NONE,
+            lookups: Mutex::new(Vec::new()),
+            attends: Mutex::new(Vec::new()),
             overlap: false,
         };
         device.enter()?;
-        device.load(n_sm)?;
+        device.load_common()?;
         Ok(Arc::new(device))
     }
 
-    fn load(&mut self, n_sm: usize) -> Result<(), Error> {
-        let mut module = |image: &'static [u8]| {
-            // SAFETY: a whole fatbin, built in.
-            let module = unsafe { result::module::load_data(image.as_ptr().cast()) };
-            module.inspect(|m| self.modules.push(*m)).map_err(Error::driver("load the kernels"))
-        };
-        let [digest, rows, lookup] = [module(DIGEST)?, module(ROWS)?, module(LOOKUP)?];
-        let [select, attend, merge] = [module(SELECT)?, module(ATTEND)?, module(MERGE)?];
-        let function = |module, name: &str| {
-            let name = CString::new(name).expect("names have no zero");
-            // SAFETY: a module just loaded.
-            unsafe { result::module::get_function(module, name) }.map_err(Error::driver("find a kernel"))
-        };
+    /// Loads a fatbin that is built in; it stays as long as the device.
+    pub(super) fn load(&self, image: &'static [u8]) -> Result<sys::CUmodule, Error> {
+        self.enter()?;
+        // SAFETY: a whole fatbin, built in.
+        let module =
+            unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(Error::driver("load the kernels"))?;
+        self.modules.lock().unwrap_or_else(|e| e.into_inner()).push(module);
+        Ok(module)
+    }
+
+    /// Blocks of a kernel that the whole GPU runs at once, with so many bytes of dynamic shared memory each.
+    pub(super) fn blocks(&self, function: sys::CUfunction, threads: usize, shared: usize) -> Result<usize, Error> {
+        // SAFETY: a function of a loaded module.
+        let per_sm =
+            unsafe { result::occupancy::max_active_block_per_multiprocessor(function, threads as c_int, shared) };
+        Ok(self.n_sm * per_sm.map_err(Error::driver("tell a kernel's occupancy"))?.max(1) as usize)
+    }
+
+    /// Lets a kernel have as much dynamic shared memory as a block can: how much that is.
+    pub(super) fn allow_shared(&self, function: sys::CUfunction) -> Result<usize, Error> {
+        use sys::CUfunction_attribute as A;
+        let mut fixed = 0;
+        // SAFETY: writes one number about a function of a loaded module.
+        unsafe { sys::cuFuncGetAttribute(&mut fixed, A::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function) }
+            .result()
+            .map_err(Error::driver("tell a kernel's shared memory"))?;
+        let most = self.shared_max.saturating_sub(fixed as usize);
+        let attribute = A::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: sets one number of it.
+        unsafe { sys::cuFuncSetAttribute(function, attribute, most as c_int) }
+            .result()
+            .map_err(Error::driver("give a kernel shared memory"))?;
+        Ok(most)
+    }
+
+    /// What every call needs.
+    fn load_common(&mut self) -> Result<(), Error> {
+        let [digest, rows, select, merge] =
+            [self.load(DIGEST)?, self.load(ROWS)?, self.load(SELECT)?, self.load(MERGE)?];
+        self.digest = function(digest, "digest")?;
         [self.rows_of, self.gather] = [function(rows, "rows_of")?, function(rows, "gather")?];
-        let blocks = |function, threads: usize| {
-            // SAFETY: a function just found.
-            let per_sm =
-                unsafe { result::occupancy::max_active_block_per_multiprocessor(function, threads as c_int, 0) };
-            Ok(n_sm * per_sm.map_err(Error::driver("tell a kernel's occupancy"))?.max(1) as usize)
-        };
-        for (kernels, d) in self.heads.iter_mut().zip(super::HEAD_DIMS) {
-            kernels.digest = function(digest, &format!("digest_{d}"))?;
-            kernels.merge = function(merge, &format!("merge_{d}"))?;
-            for n in 0..2 {
-                kernels.lookup[n] = function(lookup, &format!("lookup_{d}{}", ["", "_diag"][n]))?;
-                kernels.lookup_blocks[n] = blocks(kernels.lookup[n], LOOKUP_THREADS)?;
-                kernels.opened[n] = function(lookup, &format!("lookup_opened_{d}{}", ["", "_diag"][n]))?;
-                kernels.opened_blocks[n] = blocks(kernels.opened[n], LOOKUP_THREADS)?;
-                kernels.attend[n] = function(attend, &format!("attend_{d}_{}", n + 1))?;
-                kernels.attend_blocks[n] = blocks(kernels.attend[n], ATTEND_THREADS)?;
-            }
+        for (to, d) in self.merge.iter_mut().zip(params::HEAD_DIMS_V) {
+            *to = function(merge, &format!("merge_{d}"))?;
         }
         let mut version = 0;
         let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION;
         // SAFETY: writes one number about a function just found.
-        unsafe { sys::cuFuncGetAttribute(&mut version, attribute, self.heads[0].merge) }
+        unsafe { sys::cuFuncGetAttribute(&mut version, attribute, self.digest) }
             .result()
             .map_err(Error::driver("tell a kernel's version"))?;
         self.overlap = version >= 90;
@@ -244,6 +265,25 @@ impl Device {
         early: bool,
         stream: sys::CUstream,
     ) -> Result<(), Error> {
+        // SAFETY: the same contract.
+        unsafe { self.start_with(function, grid, threads, 0, parameters, early, stream) }
+    }
+
+    /// The same with dynamic shared memory, `shared` bytes per block.
+    ///
+    /// # Safety
+    /// As for `start`; the kernel may have so much.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) unsafe fn start_with<P>(
+        &self,
+        function: sys::CUfunction,
+        grid: [u32; 3],
+        threads: [usize; 2],
+        shared: usize,
+        parameters: &P,
+        early: bool,
+        stream: sys::CUstream,
+    ) -> Result<(), Error> {
         let mut attribute = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
@@ -256,7 +296,7 @@ impl Device {
             blockDimX: threads[0] as c_uint,
             blockDimY: threads[1] as c_uint,
             blockDimZ: 1,
-            sharedMemBytes: 0,
+            sharedMemBytes: shared as c_uint,
             hStream: stream,
             attrs: &mut attribute,
             numAttrs: (early && self.overlap) as c_uint,
@@ -295,7 +335,11 @@ impl Drop for Device {
         }
         // SAFETY: ours, and nobody launches from them any more. A failure at the process's end is of no interest.
         unsafe {
-            self.modules.iter().for_each(|m| _ = result::module::unload(*m));
+            self.modules
+                .get_mut()
+                .unwrap_or_else(|e| e.into_inner())
+                .iter()
+                .for_each(|m| _ = result::module::unload(*m));
             let _ = result::primary_ctx::release(self.cu);
         }
     }

@@ -6,19 +6,25 @@ use cudarc::driver::sys;
 
 use super::params::{self, *};
 use super::plan::{demand, Plan};
-use super::{Bound, Buffer, Device, Error, HEAD_DIMS};
-use crate::attention::{Problem, Selection};
+use super::{Bound, Buffer, Device, Error};
+use crate::attention::{Problem, Rotation, Selection};
 
 /// One call: arrays in device memory, and on the device, which binding each row has.
 pub struct Call<'a> {
-    /// Arrays with device addresses. K and V F16, head size 64 or 128, up to 16 rows, one mask for all heads, no ALiBi.
+    /// Arrays with device addresses. K and V F16, BF16, Q8_0 or Q4_0, head sizes of `HEAD_SIZES`, up to 16 rows, one mask for all
+    /// heads, no ALiBi.
     pub problem: Problem,
+    /// Basis of K, Q and V. Means something to sparse rows only.
+    pub rotation: Rotation,
     /// Layer number in the model.
     pub layer: u32,
     pub selection: Selection,
     /// Device address of `[n_row]` i32: the number of each row's binding in `bounds`; -1: over every visible cell. Read when
     /// the kernels run.
     pub rows: u64,
+    /// Were the rows' bindings found under this very mask? Then it is not looked at again, which takes longer than all else
+    /// that lookup does behind a long prefix.
+    pub seen: bool,
     /// At most 4.
     pub bounds: &'a [&'a Bound],
     /// Stream of the cache that K begins with.
@@ -161,29 +167,33 @@ impl Attention {
     /// As for `launch`.
     pub unsafe fn launch_stage(&self, stage: usize, stream: sys::CUstream, early: bool) -> Result<(), Error> {
         let (p, plan) = (&self.plan.parameters, &self.plan);
-        let kernels = &self.device.heads[plan.head];
         let lookup = |p: &params::Call| [CHECK_BLOCKS as u32 + p.n_head_kv + p.lookup_blocks, p.n_bound, 1];
         let pairs = [p.n_row, p.n_head_kv, 1];
         let by_mass = (p.mode == MODE_MASS) as usize;
         let device = &self.device;
+        let (flat, opened) = (plan.lookup.flat.map(|f| f.0), plan.lookup.opened.map(|f| f.0));
+        let shared = if stage == 4 { plan.shared } else { 0 };
         let (function, grid, threads, parameters) = match (stage, &plan.coarse) {
             (0 | 2, _) if p.n_bound == 0 => return Ok(()),
-            (0, Some(c)) => (kernels.lookup[0], lookup(&c.parameters), [LOOKUP_THREADS, 1], &c.parameters),
+            (0, Some(c)) => (flat[0], lookup(&c.parameters), [LOOKUP_THREADS, 1], &c.parameters),
             (1, Some(c)) => (device.select_coarse[c.select], pairs, [c.select_threads, 1], &c.parameters),
             (0 | 1, None) => return Ok(()),
             (2, Some(_)) => {
                 let blocks = p.n_bound * p.n_head_kv + p.n_row * p.n_head_kv * p.n_part;
-                (kernels.opened[plan.diag], [blocks, 1, 1], [LOOKUP_THREADS, 1], p)
+                (opened[plan.diag], [blocks, 1, 1], [LOOKUP_THREADS, 1], p)
             }
-            (2, None) => (kernels.lookup[plan.diag], lookup(p), [LOOKUP_THREADS, 1], p),
+            (2, None) => (flat[plan.diag], lookup(p), [LOOKUP_THREADS, 1], p),
             (3, Some(_)) => (device.select_opened[plan.select][by_mass], pairs, [plan.select_threads, 1], p),
             (3, None) if plan.alone => (device.select_alone[plan.select], pairs, [plan.select_threads, 1], p),
             (3, None) => (device.select[plan.select][by_mass], pairs, [plan.select_threads, 1], p),
-            (4, _) => (kernels.attend[plan.wide], [p.n_block, 1, 1], [ATTEND_THREADS, 1], p),
-            _ => (kernels.merge, [p.n_row * p.n_head_kv, p.group, 1], [HEAD_DIMS[plan.head], MERGE_GROUPS], p),
+            (4, _) => (plan.attend.0, [p.n_block, 1, 1], [ATTEND_THREADS, 1], p),
+            _ => {
+                let threads = [plan.dv.next_multiple_of(32), MERGE_GROUPS];
+                (device.merge_for(plan.dv), [p.n_row * p.n_head_kv, p.group, 1], threads, p)
+            }
         };
         // SAFETY: the kernels take one parameter, a `params::Call`; the rest is the caller's contract.
-        unsafe { self.device.start(function, grid, threads, parameters, early, stream) }
+        unsafe { self.device.start_with(function, grid, threads, shared, parameters, early, stream) }
     }
 
     /// Fine clusters that the coarse level opened for a row and KV head in the last launch, in the order of `scores`; none

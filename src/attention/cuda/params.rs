@@ -1,5 +1,7 @@
 //! The kernels' parameters, mirrored from kernels/params.cuh field by field. Pointers are device addresses.
 
+use crate::attention::Element;
+
 /// Bindings that one call may name, and checking blocks per binding.
 pub(super) const MAX_BOUND: usize = 4;
 pub(super) const CHECK_BLOCKS: usize = 8;
@@ -28,6 +30,25 @@ pub(super) const SELECT_OPENED: [(usize, usize); 2] = [(4, 512), (64, 1024)];
 /// (row, KV head) pairs of a call, and query heads per KV head, at most.
 pub(super) const MAX_PAIRS: usize = 2048;
 pub(super) const MAX_GROUP: usize = 16;
+
+/// Head sizes of values that merge is built for.
+pub(super) const HEAD_DIMS_V: [usize; 7] = [64, 80, 96, 112, 128, 192, 256];
+
+/// The kernels' number of a type; they take all but F32.
+pub(super) fn type_number(element: Element) -> Option<u32> {
+    match element {
+        Element::F32 => None,
+        Element::F16 => Some(0),
+        Element::BF16 => Some(1),
+        Element::Q8_0 => Some(2),
+        Element::Q4_0 => Some(3),
+    }
+}
+
+/// Bytes from one row to the next in shared memory: an odd number of 16s, which spreads rows over the banks.
+pub(super) fn stage(element: Element, d: usize) -> usize {
+    16 * (element.row_bytes(d).div_ceil(16) | 1)
+}
 
 /// Instead of a number of keys: all clusters.
 pub(super) const EVERY: u32 = u32::MAX;
@@ -136,6 +157,15 @@ pub(super) struct Call {
     pub opened_cluster: u32,
     pub opened_tiles: u32,
     pub n_dropped: u32,
+    pub k_type: u32,
+    pub v_type: u32,
+    pub k_block: u32,
+    pub k_bytes: u32,
+    pub v_bytes: u32,
+    pub k_stage: u32,
+    pub v_stage: u32,
+    pub seen: u32,
+    pub unused: u32,
     pub bound: [Bound; MAX_BOUND],
     pub y: u64,
     pub x: u64,
@@ -184,6 +214,11 @@ mod tests {
             ("WORK_BYTES", size_of::<Work>()),
         ] {
             assert_eq!(of(name), own, "{name}");
+        }
+        for (name, element) in
+            [("F16", Element::F16), ("BF16", Element::BF16), ("Q8_0", Element::Q8_0), ("Q4_0", Element::Q4_0)]
+        {
+            assert_eq!(of(&format!("TYPE_{name}")), type_number(element).expect(name) as usize, "{name}");
         }
         let select = include_str!("../../../kernels/select.cu");
         let all =

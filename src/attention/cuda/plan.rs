@@ -1,10 +1,13 @@
 //! Plans a call: what the kernels take is checked, and the workspace laid out.
 
+use super::device::Function;
+use super::kinds::{self, Lookup};
 use super::launch::Call;
 use super::memory::Carver;
 use super::params::{self, *};
-use super::{Device, Error, HEAD_DIMS, MAX_ROWS};
-use crate::attention::{keys_of_share, Element, Mode, Selection, Spread};
+use super::{Device, Error, MAX_ROWS};
+use crate::attention::{keys_of_share, Mode, Selection, Spread};
+use crate::hadamard;
 
 /// Device memory that one context's calls share at most.
 const WORKSPACE_MAX: usize = 256 << 20;
@@ -20,9 +23,12 @@ const MAX_CLUSTERS: usize = SELECT[SELECT.len() - 1].0 * SELECT[SELECT.len() - 1
 /// Offsets of the workspace's parts, and the parameters, to which `Attention` adds the addresses.
 pub(super) struct Plan {
     pub(super) parameters: params::Call,
-    pub(super) head: usize,
+    pub(super) lookup: Lookup,
     pub(super) diag: usize,
-    pub(super) wide: usize,
+    pub(super) attend: Function,
+    /// Bytes of shared memory that a block of attend needs beside its own.
+    pub(super) shared: usize,
+    pub(super) dv: usize,
     /// Variant of select (with a coarse level of that over opened clusters), and its threads.
     pub(super) select: usize,
     pub(super) select_threads: usize,
@@ -72,9 +78,16 @@ fn check(call: &Call<'_>) -> Result<(), Error> {
     let p = &call.problem;
     let [d, n_query, n_head, n_stream] = p.q.ne;
     let [_, n_kv, n_head_kv, _] = p.k.ne;
-    demand("the type of K or V", p.k_type == Element::F16 && p.v_type == Element::F16, p.k_type.name(), "f16")?;
-    demand("the head size of keys", HEAD_DIMS.contains(&d) && p.k.ne[0] == d, d, "64 or 128")?;
-    demand("the head size of values", p.v.ne[0] == d && p.dst.ne[0] == d, p.v.ne[0], "that of the keys")?;
+    let dv = p.v.ne[0];
+    let sizes = || format!("{} of {d} and {} of {dv}", p.k_type.name(), p.v_type.name());
+    demand(
+        "the types and head sizes of K and V",
+        kinds::exist(p) && p.k.ne[0] == d,
+        sizes(),
+        "f16, bf16, q8_0 or q4_0 of 64, 80, 96, 112, 128, 192 or 256, 192 and 128, or 96 and 64",
+    )?;
+    let fits = hadamard::fits(call.rotation.k, d) && hadamard::fits(call.rotation.v, dv);
+    demand("the basis of K and V", fits, format!("{:?}", call.rotation), "blocks that heads are made of")?;
     demand("ALiBi's max_bias", p.max_bias == 0.0, p.max_bias, "none")?;
     demand("the number of query rows", (1..=MAX_ROWS).contains(&p.n_row()), p.n_row(), "1 to 16")?;
     demand(
@@ -99,20 +112,23 @@ fn check(call: &Call<'_>) -> Result<(), Error> {
     demand("V's number of heads", p.v.ne[2] == n_head_kv, p.v.ne[2], "that of K")?;
     demand(
         "the output's shape",
-        p.dst.ne == [d, n_head, n_query, n_stream],
+        p.dst.ne == [dv, n_head, n_query, n_stream],
         format!("{:?}", p.dst.ne),
-        "that of the queries",
+        "that of the queries and values",
     )?;
     for (what, a) in [("K's streams", &p.k), ("V's streams", &p.v)] {
         demand(what, a.ne[3] > 0 && n_stream % a.ne[3] == 0, a.ne[3], "a divisor of the queries'")?;
     }
-    for (what, a, step) in [("q", &p.q, 4), ("k", &p.k, 2), ("v", &p.v, 2), ("dst", &p.dst, 4)] {
+    let (k_step, v_step) = (p.k_type.block_bytes(), p.v_type.block_bytes());
+    for (what, a, step) in [("q", &p.q, 4), ("k", &p.k, k_step), ("v", &p.v, v_step), ("dst", &p.dst, 4)] {
         demand("a step in dimension 0", a.nb[0] == step, format!("{} bytes in {what}", a.nb[0]), "that of its type")?;
     }
-    // Rows are read 16 bytes at a time.
-    for (what, a) in [("q", &p.q), ("k", &p.k), ("v", &p.v)] {
-        let aligned = (a.data as usize).is_multiple_of(16) && a.nb[1..].iter().all(|nb| nb % 16 == 0);
-        demand("the alignment of a tensor", aligned, what, "q, k and v with rows on multiples of 16 bytes")?;
+    // As much is read at a time.
+    let (k, v) = (kinds::alignment(p.k_type, d), kinds::alignment(p.v_type, dv));
+    for (what, a, bytes) in [("q", &p.q, 16), ("k", &p.k, k), ("v", &p.v, v)] {
+        let aligned = (a.data as usize).is_multiple_of(bytes) && a.nb[1..].iter().all(|nb| nb % bytes == 0);
+        let got = || format!("rows of {what} not on multiples of {bytes} bytes");
+        demand("the alignment of a tensor", aligned, got(), "rows side by side, from a multiple of 16 bytes on")?;
     }
     if let Some(m) = &p.mask {
         demand("the mask's number of heads", m.ne[2] == 1, m.ne[2], "1")?;
@@ -133,6 +149,7 @@ impl Plan {
         let p = &call.problem;
         let [d, n_query, n_head, n_stream] = p.q.ne;
         let [_, n_kv, n_head_kv, _] = p.k.ne;
+        let dv = p.v.ne[0];
         let (group, n_row) = (p.n_group(), p.n_row());
         let (n_pair, n_column) = (n_row * n_head_kv, n_row * n_head);
         let Selection { mode, spread, alpha, estimate, .. } = call.selection;
@@ -150,8 +167,10 @@ impl Plan {
             };
             let s = view.shape;
             let same =
-                [s.n_head_kv, s.n_group, s.head_dim_k, s.head_dim_v].map(|n| n as usize) == [n_head_kv, group, d, d];
+                [s.n_head_kv, s.n_group, s.head_dim_k, s.head_dim_v].map(|n| n as usize) == [n_head_kv, group, d, dv];
             demand("the index's shape of this layer", same, format!("{s:?}"), "that of the call")?;
+            let v_block = from.resident().v_block();
+            demand("the basis of the mean values", v_block == call.rotation.v, v_block, "that of V")?;
             demand("the number of clusters", s.n_cluster as usize <= MAX_CLUSTERS, s.n_cluster, "at most 65536")?;
             let n_sink = parameters[0].layer.n_sink as usize;
             demand("the number of sinks", n_sink <= SINK_TILES * TILE, n_sink, "at most 128")?;
@@ -177,7 +196,11 @@ impl Plan {
         }
         let wide = (group > COLUMNS) as usize;
         let diag = (spread == Spread::Diag) as usize;
-        let head = HEAD_DIMS.iter().position(|dim| *dim == d).expect("checked above");
+        let (lookup, attend) = (device.lookup(p, call.rotation)?, device.attend(p)?);
+        let (k_stage, v_stage) = (stage(p.k_type, d), stage(p.v_type, dv));
+        let n_warp = ATTEND_THREADS / 32;
+        let shared = attend.shared(wide, n_warp * TILE * (k_stage + v_stage), n_warp * group * (dv + 2) * 4)?;
+        let attend = attend.functions[wide];
         // At least the one cluster that stands in for a missing level.
         let n_coarse = if call.selection.opened_share() < 1.0 && n_coarse > 0 { n_coarse } else { 0 };
         let (select, select_threads) = match n_coarse {
@@ -188,15 +211,15 @@ impl Plan {
                 small => small,
             },
         };
-        let n_block = device.heads[head].attend_blocks[wide];
+        let n_block = device.attend_blocks(attend, shared)?;
         // Checks and sinks take blocks of their own; all run at once. Each KV head has the same number.
         let lookup_blocks = |diag: usize, n_cluster: usize| {
-            let most = device.heads[head].lookup_blocks[diag].saturating_sub(CHECK_BLOCKS + n_head_kv) / n_head_kv;
+            let most = lookup.flat_blocks[diag].saturating_sub(CHECK_BLOCKS + n_head_kv) / n_head_kv;
             n_head_kv * most.min(n_cluster.div_ceil(TILE).div_ceil(LOOKUP_THREADS / 32)).max(1)
         };
-        let opened_blocks = device.heads[head].opened_blocks[diag].saturating_sub(call.bounds.len() * n_head_kv);
+        let opened_blocks = lookup.opened_blocks[diag].saturating_sub(call.bounds.len() * n_head_kv);
         let n_part = (opened_blocks / n_pair).clamp(1, n_cluster.div_ceil(TILE * LOOKUP_THREADS / 32).max(1));
-        let state_bytes = group * (d + 2) * 4;
+        let state_bytes = group * (dv + 2) * 4;
         let most_tiles = n_pair * (n_kv.div_ceil(TILE) + n_member.div_ceil(TILE) + n_cluster.div_ceil(TILE) + 1);
         // Each pair takes two blocks at least.
         let least = (2 * n_pair).div_ceil(n_block);
@@ -215,9 +238,11 @@ impl Plan {
         let scores = n_column * n_cluster;
         let partials = 2 * n_column * (n_tile + SINK_TILES);
         let mut plan = Plan {
-            head,
+            lookup,
             diag,
-            wide,
+            attend,
+            shared,
+            dv,
             select,
             select_threads,
             y: c.area::<f32>(scores),
@@ -274,6 +299,14 @@ impl Plan {
                 wave_tiles: WAVE_TILES as u32,
                 max_waves: max_waves as u32,
                 max_tiles: max_tiles as u32,
+                k_type: type_number(p.k_type).unwrap_or_default(),
+                v_type: type_number(p.v_type).unwrap_or_default(),
+                k_block: call.rotation.k as u32,
+                k_bytes: p.k_type.row_bytes(d) as u32,
+                v_bytes: p.v_type.row_bytes(dv) as u32,
+                k_stage: k_stage as u32,
+                v_stage: v_stage as u32,
+                seen: call.seen as u32,
                 bound,
                 ..Default::default()
             },

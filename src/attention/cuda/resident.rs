@@ -1,18 +1,22 @@
 //! An index in device memory: uploaded once per GPU, freed with its last user.
 
+use std::borrow::Cow;
 use std::sync::{Arc, Mutex, Weak};
 
 use half::f16;
+use rayon::prelude::*;
 
 use super::memory::Carver;
 use super::params::Layer;
 use super::{Buffer, Device, Error};
+use crate::hadamard;
 use crate::index::{Index, LayerView};
 
 /// An index's layers on one GPU.
 pub struct Resident {
     index: Arc<Index>,
     device: Arc<Device>,
+    v_block: usize,
     layers: Vec<(u32, Levels, Buffer)>,
 }
 
@@ -26,24 +30,33 @@ pub(super) struct Levels {
 static RESIDENT: Mutex<Vec<Weak<Resident>>> = Mutex::new(Vec::new());
 
 impl Resident {
-    /// The index on that GPU; uploads it if nobody has yet. Waits for the copy.
+    /// The index on that GPU; uploads it if nobody has yet. Waits for the copy. Mean values are brought to the basis of a cache
+    /// whose values are multiplied by a Hadamard matrix in blocks of `v_block` elements (0: they are not).
     ///
     /// # Errors
-    /// The memory does not suffice, or the driver refuses.
-    pub fn of(index: &Arc<Index>, device: &Arc<Device>) -> Result<Arc<Resident>, Error> {
+    /// The blocks are no part of the heads, the memory does not suffice, or the driver refuses.
+    pub fn of(index: &Arc<Index>, device: &Arc<Device>, v_block: usize) -> Result<Arc<Resident>, Error> {
         let mut all = RESIDENT.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         all.retain(|r| r.strong_count() > 0);
-        let same = |r: &Arc<Resident>| Arc::ptr_eq(&r.index, index) && Arc::ptr_eq(&r.device, device);
+        let same =
+            |r: &Arc<Resident>| Arc::ptr_eq(&r.index, index) && Arc::ptr_eq(&r.device, device) && r.v_block == v_block;
         if let Some(found) = all.iter().filter_map(Weak::upgrade).find(same) {
             return Ok(found);
         }
         let mut layers = Vec::new();
         for shape in index.shapes() {
             let Some(view) = index.layer(shape.layer) else { continue };
-            let (levels, buffer) = upload(index, &view, device)?;
+            if !hadamard::fits(v_block, shape.head_dim_v as usize) {
+                return Err(Error::Unsupported {
+                    what: "the basis of values",
+                    got: format!("blocks of {v_block} elements in heads of {}", shape.head_dim_v),
+                    want: "blocks that heads are made of",
+                });
+            }
+            let (levels, buffer) = upload(index, &view, device, v_block)?;
             layers.push((shape.layer, levels, buffer));
         }
-        let made = Arc::new(Resident { index: index.clone(), device: device.clone(), layers });
+        let made = Arc::new(Resident { index: index.clone(), device: device.clone(), v_block, layers });
         all.push(Arc::downgrade(&made));
         Ok(made)
     }
@@ -51,6 +64,11 @@ impl Resident {
     /// The index.
     pub fn index(&self) -> &Arc<Index> {
         &self.index
+    }
+
+    /// The basis of its mean values.
+    pub fn v_block(&self) -> usize {
+        self.v_block
     }
 
     /// The GPU.
@@ -80,7 +98,23 @@ fn padded<T: AsRef<[u32]>>(rows: impl Iterator<Item = T>) -> (Vec<u32>, u32) {
     (out, stride)
 }
 
-fn upload(index: &Index, view: &LayerView<'_>, device: &Arc<Device>) -> Result<(Levels, Buffer), Error> {
+/// Rows of `d` elements after the Hadamard transform in blocks.
+fn turned(rows: &[f16], d: usize, block: usize) -> Vec<f16> {
+    let mut out = rows.to_vec();
+    out.par_chunks_exact_mut(d).for_each(|row| {
+        let mut numbers: Vec<f32> = row.iter().map(|x| x.to_f32()).collect();
+        hadamard::rotate(&mut numbers, block);
+        row.iter_mut().zip(numbers).for_each(|(to, x)| *to = f16::from_f32(x));
+    });
+    out
+}
+
+fn upload(
+    index: &Index,
+    view: &LayerView<'_>,
+    device: &Arc<Device>,
+    v_block: usize,
+) -> Result<(Levels, Buffer), Error> {
     let heads = view.shape.n_head_kv as usize;
     let (n_cluster, n_clustered) = (view.shape.n_cluster, view.n_clustered() as u32);
     // One width on the device: an index of short prefixes has 16-bit members.
@@ -93,9 +127,13 @@ fn upload(index: &Index, view: &LayerView<'_>, device: &Arc<Device>) -> Result<(
     let (coarse_keys, coarse_stride) = padded((0..heads).map(keys));
     let nothing = vec![f16::ZERO; if layered { 0 } else { heads * view.shape.head_dim_k as usize }];
     let coarse_centroids = if layered { view.coarse_centroids } else { &nothing };
+    let mean_values = match v_block {
+        0 => Cow::Borrowed(view.mean_values),
+        block => Cow::Owned(turned(view.mean_values, view.shape.head_dim_v as usize, block)),
+    };
     let parts: [&[u8]; 10] = [
         bytemuck::cast_slice(view.centroids),
-        bytemuck::cast_slice(view.mean_values),
+        bytemuck::cast_slice(&mean_values),
         view.variances,
         bytemuck::cast_slice(view.variance_scales),
         bytemuck::cast_slice(view.radii),

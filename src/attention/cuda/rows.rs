@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
+use super::params::type_number;
 use super::params::{Strided, MAX_BOUND};
 use super::{Bound, Buffer, Device, Error, Mapped, Stream, MAX_ROWS};
+use crate::attention::Element;
 
 const THREADS: usize = 256;
 const PART: usize = 2048;
@@ -60,15 +62,22 @@ struct Parameters {
 
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
+struct Side {
+    rows: u64,
+    nb1: u64,
+    element: u32,
+    block: u32,
+    n_dim: u32,
+    n_peak: u32,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
 struct Gather {
-    k: u64,
-    v: u64,
-    k_nb1: u64,
-    v_nb1: u64,
+    k: Side,
+    v: Side,
     elements: u64,
     out: u64,
-    n_k: u32,
-    n_v: u32,
     n_cell: u32,
     unused: u32,
 }
@@ -82,18 +91,20 @@ pub struct RowNumbers {
     pub wide: bool,
 }
 
-/// One layer's cache in device memory: rows of all KV heads, F16.
+/// One layer's cache in device memory: rows of all KV heads, on multiples of 4 bytes and whole 4 bytes long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceRows {
     /// Address, bytes per cell, and elements per row.
     pub k: (u64, usize, usize),
     pub v: (u64, usize, usize),
+    /// Of K and of V: F16, BF16, Q8_0 or Q4_0.
+    pub types: [Element; 2],
     pub n_cell: usize,
 }
 
 impl DeviceRows {
     fn row_bytes(&self) -> [usize; 2] {
-        [2 * self.k.2, 2 * self.v.2]
+        [self.types[0].row_bytes(self.k.2), self.types[1].row_bytes(self.v.2)]
     }
 
     fn row(&self, cell: usize) -> [u64; 2] {
@@ -299,41 +310,66 @@ impl RowMap {
     }
 }
 
-/// The elements `k_dims` of each K row and `v_dims` of each V row of a cache's first `n_cell` cells, on the host:
-/// `[n_cell][n_k + n_v]`. Waits for the device.
+/// What is compared of each K or V row.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Compared<'a> {
+    /// Elements of the row, in the basis of the index.
+    pub dims: &'a [u32],
+    /// Elements that the cache multiplies by a Hadamard matrix together; 0: none are.
+    pub block: usize,
+    /// First elements of the runs of 32 whose largest magnitude is compared; of quantised rows alone.
+    pub peaks: &'a [u32],
+}
+
+/// What is compared of each of a cache's first `n_cell` cells, on the host: `[n_cell]` of K, then of V: a number per element, and of
+/// quantised rows the variance of each one's rounding error and the peaks. Waits for the device.
 ///
 /// # Errors
 /// Memory is short, or the driver refuses.
+///
+/// # Panics
+/// An element is not in the rows, or a type is not one of the kernels'.
 ///
 /// # Safety
 /// The rows are device memory.
 pub unsafe fn gather(
     rows: &DeviceRows,
     n_cell: usize,
-    k_dims: &[u32],
-    v_dims: &[u32],
+    k: &Compared<'_>,
+    v: &Compared<'_>,
     device: &Arc<Device>,
     stream: &Stream,
-) -> Result<Vec<half::f16>, Error> {
-    let inside = k_dims.iter().all(|d| (*d as usize) < rows.k.2) && v_dims.iter().all(|d| (*d as usize) < rows.v.2);
-    assert!(inside && n_cell <= rows.n_cell, "elements outside of a cache");
-    let n = k_dims.len() + v_dims.len();
-    let elements = Buffer::of(device, "a search", &[k_dims, v_dims].concat())?;
-    let out = Buffer::new(device, "a search", 2 * n * n_cell)?;
-    let parameters = Gather {
-        k: rows.k.0,
-        v: rows.v.0,
-        k_nb1: rows.k.1 as u64,
-        v_nb1: rows.v.1 as u64,
-        elements: elements.address(),
-        out: out.address(),
-        n_k: k_dims.len() as u32,
-        n_v: v_dims.len() as u32,
-        n_cell: n_cell as u32,
-        unused: 0,
+) -> Result<Vec<f32>, Error> {
+    let mut elements = Vec::new();
+    let mut width = 0;
+    let mut side = |own: &Compared<'_>, (at, step, len): (u64, usize, usize), element: Element| {
+        let peaks = if element.block() > 1 { own.peaks } else { &[] };
+        let all = own.dims.iter().chain(peaks);
+        assert!(all.clone().all(|d| (*d as usize) < len), "elements outside of a row");
+        assert!(own.block == 0 || len.is_multiple_of(own.block), "a row of broken blocks");
+        elements.extend(all.copied());
+        width += if element.block() > 1 { 2 * own.dims.len() + peaks.len() } else { own.dims.len() };
+        Side {
+            rows: at,
+            nb1: step as u64,
+            element: type_number(element).expect("a type of the kernels'"),
+            block: own.block as u32,
+            n_dim: own.dims.len() as u32,
+            n_peak: peaks.len() as u32,
+        }
     };
+    let (k, v) = (side(k, rows.k, rows.types[0]), side(v, rows.v, rows.types[1]));
+    assert!(n_cell <= rows.n_cell, "cells outside of a cache");
+    let mut found = vec![0.0; width * n_cell];
+    if found.is_empty() {
+        return Ok(found);
+    }
+    let n = elements.len();
+    let elements = Buffer::of(device, "a search", &elements)?;
+    let out = Buffer::new(device, "a search", 4 * found.len())?;
+    let (elements_at, out_at, n_cells) = (elements.address(), out.address(), n_cell as u32);
+    let parameters = Gather { k, v, elements: elements_at, out: out_at, n_cell: n_cells, unused: 0 };
     let grid = [(n * n_cell).div_ceil(THREADS) as u32, 1, 1];
-    let mut found = vec![half::f16::ZERO; n * n_cell];
     // SAFETY: elements lie inside the rows (asserted), `out` has room; the copy waits for the kernel.
     unsafe {
         device.start(device.gather, grid, [THREADS, 1], &parameters, false, stream.raw())?;

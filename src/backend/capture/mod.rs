@@ -467,7 +467,7 @@ impl Capture {
         for cell in 0..self.n_prefix {
             for head in 0..r.n_head {
                 let at = cell * r.cell_bytes + head * r.head_bytes;
-                Row { bytes: &bytes[at..at + size], element: r.element }.decode(0, &mut plain);
+                Row { bytes: &bytes[at..at + size], element: r.element, compact: None }.decode(0, &mut plain);
                 rotate(&mut plain, block);
                 out.extend(plain.iter().map(|x| f16::from_f32(*x)));
             }

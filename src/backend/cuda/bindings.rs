@@ -4,15 +4,13 @@
 use std::fmt;
 use std::sync::Arc;
 
-use half::f16;
-
 use super::super::binding::Matcher;
 use super::super::layers::Layers;
 use super::super::rows::{is_quantised, CacheRows, Rows};
 use super::super::runtime::{count, Snapshot};
 use super::super::stats::log;
 use super::make::make_room;
-use crate::attention::cuda::{self, Bound, Device, DeviceRows, Error, Resident, RowNumbers, Stream, Watched};
+use crate::attention::cuda::{self, Bound, Compared, Device, DeviceRows, Error, Resident, RowNumbers, Stream, Watched};
 use crate::attention::Element;
 
 /// Elements of a K or a V row that a search copies at most; a sketch has 16.
@@ -66,9 +64,18 @@ pub struct Gpu<'a> {
 /// A layer's rows as addresses, of one stream; `None` for what the kernels do not read.
 pub fn device_rows(layers: &Layers, layer: u32, stream: usize) -> Option<DeviceRows> {
     let rows = layers.rows(layer, stream)?;
-    let plain = |r: &Rows| r.element == Element::F16 && (r.data as usize | r.stride | (2 * r.len)).is_multiple_of(4);
+    let known = |r: &Rows| {
+        let whole = (r.data as usize | r.stride | r.element.row_bytes(r.len)).is_multiple_of(4);
+        r.element != Element::F32 && whole
+    };
     let of = |r: &Rows| (r.data as u64, r.stride, r.len);
-    (plain(&rows.k) && plain(&rows.v)).then(|| DeviceRows { k: of(&rows.k), v: of(&rows.v), n_cell: rows.n_cell })
+    let types = [rows.k.element, rows.v.element];
+    (known(&rows.k) && known(&rows.v)).then(|| DeviceRows {
+        k: of(&rows.k),
+        v: of(&rows.v),
+        types,
+        n_cell: rows.n_cell,
+    })
 }
 
 fn name(snapshot: &Snapshot, index_number: usize) -> String {
@@ -193,9 +200,17 @@ impl Bindings {
         if sketch.k_dims.len().max(sketch.v_dims.len()) > ELEMENTS_MAX || n_cell > rows.n_cell {
             return Ok(false);
         }
+        let rotation = matcher.rotation(full.k.element, full.v.element);
+        let whole = |len: usize, block: usize| block == 0 || len.is_multiple_of(block);
+        if !whole(full.k.len, rotation.k) || !whole(full.v.len, rotation.v) {
+            return Ok(false);
+        }
+        let [k_peaks, v_peaks] = matcher.peak_places(full.k.len, full.v.len);
+        let k = Compared { dims: sketch.k_dims, block: rotation.k, peaks: &k_peaks };
+        let v = Compared { dims: sketch.v_dims, block: rotation.v, peaks: &v_peaks };
         // SAFETY: rows of a live cache of this backend.
-        let copy = unsafe { cuda::gather(&rows, n_cell, sketch.k_dims, sketch.v_dims, gpu.device, gpu.stream)? };
-        let compact = compact(&copy, sketch.k_dims.len(), sketch.v_dims.len(), n_cell);
+        let copy = unsafe { cuda::gather(&rows, n_cell, &k, &v, gpu.device, gpu.stream)? };
+        let compact = compact(&copy, &full, &k, &v, n_cell);
         let being_written: Vec<u32> = written
             .iter()
             .filter(|r| **r >= 0 && **r as usize / rows.n_cell == stream)
@@ -222,7 +237,7 @@ impl Bindings {
             index.shapes().iter().map(|s| s.layer).filter(|l| device_rows(layers, *l, stream).is_some()).max();
         let Some(deepest) = deepest else { return Ok(false) };
         let Some(deep) = device_rows(layers, deepest, stream) else { return Ok(false) };
-        let resident = Resident::of(index, gpu.device)?;
+        let resident = Resident::of(index, gpu.device, rotation.v)?;
         let bound = Bound::new(resident, &cells, rows.n_cell, stream as u32)?;
         let mut watched = Watched::new(bound, &cells, rows.n_cell)?;
         let last = cells[matcher.last_clustered()] as usize;
@@ -261,16 +276,22 @@ fn ended(binding: &Binding, snapshot: &Snapshot, why: &str) {
     }
 }
 
-/// The copy of a cache's sketch elements as rows for the matcher.
-fn compact(copy: &[f16], n_k: usize, n_v: usize, n_cell: usize) -> CacheRows {
-    let rows = |first: usize, len: usize| Rows {
-        data: copy[first.min(copy.len())..].as_ptr().cast(),
-        stride: 2 * (n_k + n_v),
-        len,
-        element: Element::F16,
-        compact: true,
+/// The copy of what is compared of a cache as rows for the matcher.
+fn compact(copy: &[f32], full: &CacheRows, k: &Compared<'_>, v: &Compared<'_>, n_cell: usize) -> CacheRows {
+    let width = |element, own: &Compared<'_>| match is_quantised(element) {
+        true => 2 * own.dims.len() + own.peaks.len(),
+        false => own.dims.len(),
     };
-    CacheRows { k: rows(0, n_k), v: rows(n_k, n_v), n_cell }
+    let n_k = width(full.k.element, k);
+    let stride = 4 * (n_k + width(full.v.element, v));
+    let rows = |first: usize, own: &Compared<'_>, element| Rows {
+        data: copy[first.min(copy.len())..].as_ptr().cast(),
+        stride,
+        len: own.dims.len(),
+        element,
+        compact: Some(own.peaks.len()),
+    };
+    CacheRows { k: rows(0, k, full.k.element), v: rows(n_k, v, full.v.element), n_cell }
 }
 
 fn read_numbers(written: &[RowNumbers], gpu: &Gpu<'_>) -> Result<Vec<i64>, Error> {
@@ -306,11 +327,12 @@ fn probes_agree(
     // Rows are copied side by side: that is where the matcher then finds the tokens.
     let mut places = vec![0u32; cells.len()];
     tokens.iter().enumerate().for_each(|(at, t)| places[*t as usize] = at as u32);
-    let mut copies: Vec<(u32, Vec<f16>)> = Vec::new();
+    let mut copies: Vec<(u32, Vec<u8>)> = Vec::new();
     for probe in matcher.index.probes() {
         let Some(rows) = device_rows(layers, probe.layer, stream) else { return Ok(false) };
-        let mut copy = vec![f16::ZERO; rows.k.2 * tokens.len()];
-        for (token, to) in tokens.iter().zip(copy.chunks_exact_mut(rows.k.2)) {
+        let bytes = rows.types[0].row_bytes(rows.k.2);
+        let mut copy = vec![0; bytes * tokens.len()];
+        for (token, to) in tokens.iter().zip(copy.chunks_exact_mut(bytes)) {
             let cell = cells[*token as usize] as usize;
             // SAFETY: a row of a live cache.
             unsafe { gpu.stream.read(rows.k.0 + (cell * rows.k.1) as u64, to)? };
@@ -319,8 +341,7 @@ fn probes_agree(
     }
     let rows_of = |layer: u32| {
         let (full, copy) = (layers.rows(layer, stream)?, &copies.iter().find(|c| c.0 == layer)?.1);
-        let k = Rows { data: copy.as_ptr().cast(), stride: 2 * full.k.len, ..full.k };
-        debug_assert!(!is_quantised(k.element));
+        let k = Rows { data: copy.as_ptr(), stride: full.k.element.row_bytes(full.k.len), ..full.k };
         Some(CacheRows { k, v: full.v, n_cell: tokens.len() })
     };
     Ok(matcher.probes_agree(&places, &rows_of))

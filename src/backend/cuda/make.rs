@@ -5,6 +5,7 @@ use std::sync::Arc;
 use half::f16;
 
 use super::super::binding::Matcher;
+use super::super::graph::unrotated;
 use super::super::runtime::{Loaded, Snapshot};
 use super::super::stats::Reason;
 use super::bindings::{device_rows, Gpu, Seen};
@@ -15,7 +16,7 @@ use super::Ready;
 use crate::attention::cuda::{
     self, Attention, Bound, Call, Error, Masks, RowMap, RowNumbers, Watched, Workspace, BOUND_MAX, MAX_ROWS,
 };
-use crate::attention::{Array, Element, Mode, Problem, Selection, Spread};
+use crate::attention::{Array, Element, Mode, Problem, Rotation, Selection, Spread};
 
 /// A plan, the reasons of nodes that stay dense, and the number of forced ones.
 type Made = (Plan, Vec<Reason>, u64);
@@ -73,8 +74,11 @@ pub(super) fn refusal(site: &Site, snapshot: &Snapshot) -> Option<Reason> {
     if p.max_bias != 0.0 {
         return Some(Reason::Alibi);
     }
-    if p.k_type != Element::F16 || p.v_type != Element::F16 {
+    if p.k_type == Element::F32 || p.v_type == Element::F32 {
         return Some(Reason::Type);
+    }
+    if unrotated(p, snapshot) {
+        return Some(Reason::Basis);
     }
     if p.n_row() > MAX_ROWS {
         return Some(Reason::Prefill);
@@ -86,10 +90,10 @@ pub(super) fn refusal(site: &Site, snapshot: &Snapshot) -> Option<Reason> {
     }
 }
 
-/// Nodes that share masks and a place in the cache share their rows' bindings.
-fn key(site: &Site) -> (usize, usize, [usize; 4], [usize; 4]) {
+/// Nodes that share masks, a place in the cache and its types share their rows' bindings.
+fn key(site: &Site) -> (usize, usize, [usize; 4], [usize; 4], [Element; 2]) {
     let p = &site.problem;
-    (p.mask.map_or(0, |m| m.data as usize), site.first_stream, p.k.ne, p.q.ne)
+    (p.mask.map_or(0, |m| m.data as usize), site.first_stream, p.k.ne, p.q.ne, [p.k_type, p.v_type])
 }
 
 fn masks(site: &Site, mask: Array) -> Masks {
@@ -192,7 +196,17 @@ impl Ready {
         let rows = self.dense_rows.address();
         let mut own = Vec::new();
         for site in &survey.sites {
-            let call = |problem| Call { problem, layer: 0, selection, rows, bounds: &[], first_stream: 0 };
+            let rotation = Rotation::default();
+            let call = |problem| Call {
+                problem,
+                rotation,
+                layer: 0,
+                selection,
+                rows,
+                seen: true,
+                bounds: &[],
+                first_stream: 0,
+            };
             let calls: Vec<Call<'_>> = cut(&site.problem).into_iter().map(call).collect();
             let made = self.workspace(&calls.iter().collect::<Vec<_>>()).and_then(|workspace| {
                 calls.iter().map(|call| Attention::new(&self.gpu, call, &workspace)).collect::<Result<Vec<_>, _>>()
@@ -314,10 +328,13 @@ impl Ready {
         // The longest index first: of those that a row sees it has that.
         choice.sort_by_key(|i| bindings[*i].index_number);
         let Some(&best) = choice.first() else { return Ok(None) };
-        // One call has one selection: rows of an index with another one stay dense.
-        let selection = |i: usize| snapshot.indexes[bindings[i].index_number].selection;
-        let own = selection(best);
-        choice.retain(|i| selection(*i) == own);
+        // One call has one selection and one basis: rows of an index with others stay dense.
+        let settings = |i: usize| {
+            let loaded = &snapshot.indexes[bindings[i].index_number];
+            (loaded.selection, loaded.matcher.rotation(p.k_type, p.v_type))
+        };
+        let (own, rotation) = settings(best);
+        choice.retain(|i| settings(*i) == (own, rotation));
         let index_of = |i: usize| &snapshot.indexes[bindings[i].index_number].matcher.index;
         let has_layer = |site: &&Site| {
             let layer = site.layer.unwrap_or(u32::MAX);
@@ -346,7 +363,7 @@ impl Ready {
         let nodes = sites.iter().map(|s| (s.problem.n_row(), s.problem.k.ne[2])).collect();
         let tally = Tally::new(&self.gpu, nodes, shares)?;
         let rows = map.rows();
-        let launches = self.launches(sites, &choice, own, rows)?;
+        let launches = self.launches(sites, &choice, own, rotation, rows)?;
         let mut own_steps = Vec::new();
         let mut left = Vec::new();
         for (i, (site, launch)) in sites.iter().zip(launches).enumerate() {
@@ -381,11 +398,12 @@ impl Ready {
                 // From the first stream of the cache on, as the binding counts.
                 let whole = |a: &Array| Array { data: a.data.wrapping_sub(site.first_stream * a.nb[3]), ..*a };
                 let (k, v) = (whole(&site.problem.k), whole(&site.problem.v));
-                // SAFETY: a live cache, F16 rows; that they lie on 16 bytes is checked.
-                let aligned =
-                    [&k, &v].iter().all(|a| (a.data as usize | a.nb[1] | a.nb[2] | a.nb[3]).is_multiple_of(16));
-                if aligned && cuda::HEAD_DIMS.contains(&k.ne[0]) {
-                    unsafe { bound.watch(layer, &k, &v, self.lanes.stream.raw())? };
+                let types = [site.problem.k_type, site.problem.v_type];
+                // Other rows are none of the kernels'.
+                let even = [&k, &v].iter().all(|a| (a.data as usize | a.nb[1] | a.nb[2] | a.nb[3]).is_multiple_of(2));
+                if even {
+                    // SAFETY: a live cache.
+                    unsafe { bound.watch(layer, &k, &v, types, self.lanes.stream.raw())? };
                 }
             }
         }
@@ -399,15 +417,19 @@ impl Ready {
         sites: &[&Site],
         choice: &[usize],
         selection: Selection,
+        rotation: Rotation,
         rows: u64,
     ) -> Result<Vec<Result<Attention, Error>>, Error> {
         let all = std::mem::take(&mut self.bindings.all);
         let bounds: Vec<&Bound> = choice.iter().map(|i| &all[*i].watched.bound).collect();
         let call = |site: &&Site| Call {
             problem: site.problem,
+            rotation,
             layer: site.layer.unwrap_or(u32::MAX),
             selection,
             rows,
+            // `rows` is what the graph's map has made of its one mask.
+            seen: true,
             bounds: &bounds,
             first_stream: site.first_stream as u32,
         };

@@ -98,7 +98,12 @@ fn nodes_that_the_kernels_or_the_index_do_not_cover_are_refused_with_the_reason(
         of(&graph)
     };
     assert_eq!(changed(|g| g.tensors[1].op_params[1] = 8f32.to_bits() as i32), Some(Reason::Alibi));
-    assert_eq!(changed(|g| g.tensors[4].type_ = sys::GGML_TYPE_Q8_0), Some(Reason::Type));
+    for kind in [sys::GGML_TYPE_BF16, sys::GGML_TYPE_Q8_0, sys::GGML_TYPE_Q4_0] {
+        let mut graph = Graph::new(1, sys::GGML_OP_SET_ROWS, true);
+        graph.tensors[4].type_ = kind;
+        assert_eq!(of(&graph), None);
+    }
+    assert_eq!(changed(|g| g.tensors[4].type_ = sys::GGML_TYPE_F32), Some(Reason::Type));
     assert_eq!(changed(|g| g.tensors[2].op = sys::GGML_OP_CPY), Some(Reason::Mask));
     assert_eq!(changed(|g| g.tensors[1].src[3] = std::ptr::null_mut()), Some(Reason::Mask));
     assert_eq!(changed(|g| g.tensors[6].name[6] = b'x' as _), Some(Reason::NoCache));

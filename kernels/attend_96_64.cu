@@ -1,0 +1,9 @@
+// Attend for keys of 96 and values of 64 elements.
+#include "attend_any.cuh"
+
+namespace squeeze {
+
+ATTEND_ANY(96, 64, 1, 6)
+ATTEND_ANY(96, 64, 2, 4)
+
+}  // namespace squeeze
