@@ -235,11 +235,12 @@ fn synthetic_session<'m>(args: &BenchArgs, model: &'m Model, slack: usize, folde
         Some(file) => synthetic::text(model, &build_cmd::read_text(file)?, args.depth, settings.n_threads)?,
         None => synthetic::by_chance(model, args.depth.unwrap_or(DEFAULT_DEPTH), settings.seed),
     };
+    let prefix = synthetic::Prefix { tokens, attention_free: args.file.is_none() };
     let file = args.keep_index.clone().unwrap_or_else(|| folder.join("bench.sqz.gguf"));
     if args.keep_index.is_none() {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
     }
-    synthetic::open(model, &args.model, tokens, &settings, slack, &file).context(if args.file.is_some() {
+    synthetic::open(model, &args.model, prefix, &settings, slack, &file).context(if args.file.is_some() {
         "no synthetic index of this text"
     } else {
         "no synthetic index of tokens by chance: give a text with -f"

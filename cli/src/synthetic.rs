@@ -36,10 +36,17 @@ pub fn by_chance(model: &Model, n: usize, seed: u64) -> Vec<i32> {
     (0..n).map(|_| (split_mix(&mut state) % model.n_vocab() as u64) as i32).collect()
 }
 
-/// Computes a prefix, most of it without attention: what the cache holds is of no account here, and attention takes most of the
-/// time.
-fn compute(context: &mut Context<'_>, tokens: &[i32]) -> Result<()> {
-    let free = tokens.len().saturating_sub(ATTENDED);
+/// What a synthetic index is made of.
+pub struct Prefix {
+    pub tokens: Vec<i32>,
+    /// Most of it is computed without attention, which takes most of the time: of no account for tokens by chance, but not what
+    /// another host would have in its cache.
+    pub attention_free: bool,
+}
+
+fn compute(context: &mut Context<'_>, prefix: &Prefix) -> Result<()> {
+    let tokens = &prefix.tokens;
+    let free = if prefix.attention_free { tokens.len().saturating_sub(ATTENDED) } else { 0 };
     let attend = |yes: bool| backend::configure(|config| (config.disable, config.attention_free) = (yes, !yes));
     let phase = Phase::new("prefill", free);
     attend(false);
@@ -57,12 +64,12 @@ fn compute(context: &mut Context<'_>, tokens: &[i32]) -> Result<()> {
 pub fn open<'m>(
     model: &'m Model,
     args: &ModelArgs,
-    tokens: Vec<i32>,
+    prefix: Prefix,
     settings: &Settings,
     slack: usize,
     file: &Path,
 ) -> Result<Session<'m>> {
-    let n = tokens.len();
+    let n = prefix.tokens.len();
     let least = (settings.n_sink + settings.n_window) as usize + 2;
     ensure!(n >= least, "a prefix of {n} tokens is too short for an index: give {least} or more (--depth)");
     let config = Config { disable: true, min_prefix: Some(0), synthetic: true, ..Config::default() };
@@ -73,8 +80,8 @@ pub fn open<'m>(
     register(config.clone())?;
     let capture = Capture::new(n, settings.n_window as usize);
     let mut context = Context::with_capture(model, args, n + slack, capture)?;
-    compute(&mut context, &tokens)?;
-    let meta = build_cmd::meta(model, args, Chat::Raw, settings, tokens.clone())?;
+    compute(&mut context, &prefix)?;
+    let meta = build_cmd::meta(model, args, Chat::Raw, settings, prefix.tokens.clone())?;
     let mut made = Assembly::new(IndexMeta { synthetic: true, ..meta }, settings);
     let capture = context.capture().context("the context was made with a capture")?;
     let mut make = |layer: &LayerCapture, first: bool, _: &Phase, _: usize| -> Result<Made> {
@@ -88,6 +95,6 @@ pub fn open<'m>(
     eprintln!("synthetic index: its clusters are made up, so speed is all that can be measured with it");
     register(Config { index_paths: vec![file.to_path_buf()], ..config })?;
     let mut context = Context::new(model, args, n + slack, None)?;
-    compute(&mut context, &tokens)?;
-    Ok(Session { context, n_prefix: n, tokens })
+    compute(&mut context, &prefix)?;
+    Ok(Session { context, n_prefix: n, tokens: prefix.tokens })
 }
