@@ -128,7 +128,8 @@ struct Call {
     uint32_t k_block;
     // Bytes of a row of one head, and from one row to the next where it lies in shared memory.
     uint32_t k_bytes, v_bytes, k_stage, v_stage;
-    uint32_t unused;
+    // ALiBi; 0 where there are bindings.
+    float max_bias;
     Bound bound[MAX_BOUND];
     // Workspace. A pair is head_kv * n_row + row, a column pair * group + head of the group.
     float *y;             // [columns][n_cluster] selection scores

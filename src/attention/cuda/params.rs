@@ -164,7 +164,7 @@ pub(super) struct Call {
     pub v_bytes: u32,
     pub k_stage: u32,
     pub v_stage: u32,
-    pub unused: u32,
+    pub max_bias: f32,
     pub bound: [Bound; MAX_BOUND],
     pub y: u64,
     pub x: u64,
