@@ -31,7 +31,12 @@ constexpr int MAX_GROUP = 16;
 enum Spread : uint32_t { SPREAD_NONE = 0, SPREAD_RADIUS = 1, SPREAD_DIAG = 2 };
 enum Mode : uint32_t { MODE_BUDGET = 0, MODE_THRESHOLD = 1, MODE_MASS = 2 };
 // Elements of K and V, in ggml's layouts: blocks of 32 behind an F16 scale, in the quantised types.
-enum Type : uint32_t { TYPE_F16 = 0, TYPE_BF16 = 1, TYPE_Q8_0 = 2, TYPE_Q4_0 = 3 };
+enum Type : uint32_t {
+    TYPE_F16 = 0,
+    TYPE_BF16 = 1,
+    TYPE_Q8_0 = 2,
+    TYPE_Q4_0 = 3,
+};
 
 // One indexed layer, resident on the device; arrays as in index::LayerView, KV head outermost.
 struct Layer {

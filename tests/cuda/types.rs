@@ -39,7 +39,7 @@ prop_compose! {
         let rotation = Rotation { k: block(k_turned, dk), v: block(v_turned, dv) };
         let selection = Selection { coarse_share: if n_coarse > 0 { 0.4 } else { 1.0 }, ..spec.selection };
         // Smaller than those of one type: the oracle is slow.
-        let n_prefix = spec.n_prefix.min(1200);
+        let n_prefix = spec.n_prefix.min(700);
         let n_cluster = spec.n_cluster.min(n_prefix - spec.n_sink - spec.n_window);
         Spec {
             dk, dv, k_type: whole(k_type, dk), v_type: whole(v_type, dv), rotation, n_coarse, selection, n_prefix, n_cluster,
@@ -49,7 +49,7 @@ prop_compose! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 120, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
 
     #[test]
     fn calls_of_every_type_and_size_agree_with_the_oracle(spec in specs_of_every_type()) {
