@@ -75,6 +75,14 @@ __device__ __forceinline__ void load_queries(const Call &call, Shared<DK, NT> &s
     }
 }
 
+// What ALiBi multiplies a head's mask by, as in ggml.
+__device__ __forceinline__ float slope_of(const Call &call, uint32_t head) {
+    if (call.max_bias == 0) return 1;
+    const uint32_t below = 1u << (31 - __clz(call.group * call.n_head_kv));
+    const float step = call.max_bias / below;
+    return exp2f(head < below ? -step * (head + 1) : -step * (head - below + 0.5f));
+}
+
 // Tiles from..to of a pair by one warp, whose rows have room at `room`.
 template <int DK, int DV, int NT>
 __device__ void sweep(const Call &call, Shared<DK, NT> &shared, char *room, State<DV, NT> &state, uint32_t pair, const Work &work,
@@ -111,6 +119,11 @@ __device__ void sweep(const Call &call, Shared<DK, NT> &shared, char *room, Stat
     load_queries(call, shared, row, head_kv);
     __syncthreads();
     const uint2 *q = &shared.q[0][0][0][lane];
+    float slope[NT][2];
+#pragma unroll
+    for (int t = 0; t < NT; ++t)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) slope[t][h] = slope_of(call, head_kv * call.group + t * COLUMNS + 2 * c + h);
     for (uint32_t tile = from; tile < last;) {
         const uint32_t end = tile + (tile + 1 < last && tile + 1 != members_at ? 2 : 1);
         // What leads to the next rows is fetched while these are on their way.
@@ -137,7 +150,7 @@ __device__ void sweep(const Call &call, Shared<DK, NT> &shared, char *room, Stat
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     if (call.softcap != 0) s[t][e] = call.softcap * tanhf(s[t][e]);
-                    s[t][e] = hidden[e / 2] == -INFINITY ? -INFINITY : s[t][e] * LOG2E + hidden[e / 2];
+                    s[t][e] = hidden[e / 2] == -INFINITY ? -INFINITY : s[t][e] * LOG2E + slope[t][e % 2] * hidden[e / 2];
                 }
             }
             state.weigh(s);

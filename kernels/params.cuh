@@ -31,7 +31,12 @@ constexpr int MAX_GROUP = 16;
 enum Spread : uint32_t { SPREAD_NONE = 0, SPREAD_RADIUS = 1, SPREAD_DIAG = 2 };
 enum Mode : uint32_t { MODE_BUDGET = 0, MODE_THRESHOLD = 1, MODE_MASS = 2 };
 // Elements of K and V, in ggml's layouts: blocks of 32 behind an F16 scale, in the quantised types.
-enum Type : uint32_t { TYPE_F16 = 0, TYPE_BF16 = 1, TYPE_Q8_0 = 2, TYPE_Q4_0 = 3 };
+enum Type : uint32_t {
+    TYPE_F16 = 0,
+    TYPE_BF16 = 1,
+    TYPE_Q8_0 = 2,
+    TYPE_Q4_0 = 3,
+};
 
 // One indexed layer, resident on the device; arrays as in index::LayerView, KV head outermost.
 struct Layer {
@@ -128,6 +133,8 @@ struct Call {
     uint32_t k_block;
     // Bytes of a row of one head, and from one row to the next where it lies in shared memory.
     uint32_t k_bytes, v_bytes, k_stage, v_stage;
+    // ALiBi; 0 where there are bindings.
+    float max_bias;
     // 1: bindings of rows were found under this very mask, which lookup then does not look at again.
     uint32_t seen;
     uint32_t unused;
@@ -155,7 +162,7 @@ struct Call {
 };
 
 // Sizes that the other side counts on.
-constexpr int CALL_BYTES = 1088;
+constexpr int CALL_BYTES = 1096;
 constexpr int WORK_BYTES = 24;
 static_assert(sizeof(Call) == CALL_BYTES && sizeof(Work) == WORK_BYTES);
 

@@ -128,7 +128,7 @@ fn extend_layer_here(
     };
     // One head after the other, as for long prefixes.
     let heads: Vec<(HeadParts, u64)> = (0..capture.n_head_kv).map(head).collect();
-    Ok(super::join(capture, settings, &plan, heads))
+    Ok(super::join(capture, settings, &plan, heads, &capture.q))
 }
 
 fn check_shape(old: &LayerView, capture: &LayerCapture) -> Result<(), BuildError> {

@@ -222,14 +222,20 @@ fn index_layer_here(
         0 => (0..capture.n_head_kv).into_par_iter().map(head).collect(),
         _ => (0..capture.n_head_kv).map(head).collect(),
     };
-    Ok(join(capture, settings, &plan, heads))
+    Ok(join(capture, settings, &plan, heads, &capture.q))
 }
 
-/// A layer of its heads, each with its multiply-adds.
-fn join(capture: &LayerCapture, settings: &Settings, plan: &Plan, heads: Vec<(HeadParts, u64)>) -> BuiltLayer {
+/// A layer of its heads, each with its multiply-adds, scored by the queries `q`.
+fn join(
+    capture: &LayerCapture,
+    settings: &Settings,
+    plan: &Plan,
+    heads: Vec<(HeadParts, u64)>,
+    q: &[f32],
+) -> BuiltLayer {
     let products = heads.iter().map(|(_, products)| products).sum();
     let parts = join_heads(capture, plan, heads.into_iter().map(|(head, _)| head));
-    let scores = window_scores(&parts.view(), &capture.k, settings.n_sink as usize, &capture.q);
+    let scores = window_scores(&parts.view(), &capture.k, settings.n_sink as usize, q);
     BuiltLayer { parts, scores, products }
 }
 

@@ -8,7 +8,7 @@ use super::params::{ATTEND_THREADS, LOOKUP_THREADS};
 use super::{Device, Error, HEAD_SIZES};
 use crate::attention::{Element, Problem, Rotation};
 
-/// Sizes of K's and V's heads with kernels of their own for F16.
+/// Sizes of K's and V's heads with kernels of their own for F16 without ALiBi.
 const PLAIN: [usize; 2] = [64, 128];
 
 /// Files of lookup by head size of the keys.
@@ -87,7 +87,7 @@ pub(super) fn alignment(element: Element, d: usize) -> usize {
 
 fn is_plain(p: &Problem) -> bool {
     let f16 = [p.k_type, p.v_type] == [Element::F16; 2];
-    f16 && p.k.ne[0] == p.v.ne[0] && PLAIN.contains(&p.k.ne[0])
+    f16 && p.k.ne[0] == p.v.ne[0] && PLAIN.contains(&p.k.ne[0]) && p.max_bias == 0.0
 }
 
 impl Device {

@@ -12,7 +12,7 @@ use crate::attention::{Problem, Rotation, Selection};
 /// One call: arrays in device memory, and on the device, which binding each row has.
 pub struct Call<'a> {
     /// Arrays with device addresses. K and V F16, BF16, Q8_0 or Q4_0, head sizes of `HEAD_SIZES`, up to 16 rows, one mask for all
-    /// heads, no ALiBi.
+    /// heads, ALiBi only without bindings.
     pub problem: Problem,
     /// Basis of K, Q and V. Means something to sparse rows only.
     pub rotation: Rotation,

@@ -164,6 +164,7 @@ pub(super) struct Call {
     pub v_bytes: u32,
     pub k_stage: u32,
     pub v_stage: u32,
+    pub max_bias: f32,
     pub seen: u32,
     pub unused: u32,
     pub bound: [Bound; MAX_BOUND],

@@ -88,7 +88,7 @@ fn check(call: &Call<'_>) -> Result<(), Error> {
     )?;
     let fits = hadamard::fits(call.rotation.k, d) && hadamard::fits(call.rotation.v, dv);
     demand("the basis of K and V", fits, format!("{:?}", call.rotation), "blocks that heads are made of")?;
-    demand("ALiBi's max_bias", p.max_bias == 0.0, p.max_bias, "none")?;
+    demand("ALiBi's max_bias", p.max_bias == 0.0 || call.bounds.is_empty(), p.max_bias, "none beside bindings")?;
     demand("the number of query rows", (1..=MAX_ROWS).contains(&p.n_row()), p.n_row(), "1 to 16")?;
     demand(
         "the number of query heads",
@@ -306,6 +306,7 @@ impl Plan {
                 v_bytes: p.v_type.row_bytes(dv) as u32,
                 k_stage: k_stage as u32,
                 v_stage: v_stage as u32,
+                max_bias: p.max_bias,
                 seen: call.seen as u32,
                 bound,
                 ..Default::default()
