@@ -1,12 +1,12 @@
 //! The driver, opened at run time, and per GPU the primary context with the kernels loaded into it.
 
 use std::ffi::{c_int, c_uint, c_void, CString};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use cudarc::driver::{result, sys, DriverError};
 
 use super::params::{self, ATTEND_THREADS, LOOKUP_THREADS};
-use super::Error;
+use super::{prefill, Error};
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
@@ -53,6 +53,11 @@ pub struct Device {
     pub(super) heads: [Kernels; 2],
     pub(super) rows_of: sys::CUfunction,
     pub(super) gather: sys::CUfunction,
+    /// By keys, and by mass.
+    pub(super) select_tile: [[sys::CUfunction; 2]; params::SELECT_TILE.len()],
+    n_sm: usize,
+    /// Those of a prefill and their modules, loaded at first need.
+    prefill: OnceLock<Result<(prefill::Kernels, [sys::CUmodule; 3]), Error>>,
     /// Can a kernel start while the one before it ends? Those built for compute capability 9.0 and later do; PTX for 8.0 does
     /// not, whatever GPU it runs on.
     overlap: bool,
@@ -166,6 +171,9 @@ impl Device {
             }),
             rows_of: NONE,
             gather: NONE,
+            select_tile: [[NONE; 2]; params::SELECT_TILE.len()],
+            n_sm,
+            prefill: OnceLock::new(),
             overlap: false,
         };
         device.enter()?;
@@ -228,7 +236,27 @@ impl Device {
         for (to, of) in self.select_opened.iter_mut().zip(params::SELECT_OPENED) {
             *to = variant("_opened", of)?;
         }
+        for (to, of) in self.select_tile.iter_mut().zip(params::SELECT_TILE) {
+            *to = variant("_tile", of)?;
+        }
         Ok(())
+    }
+
+    /// The kernels of a prefill.
+    ///
+    /// # Errors
+    /// They cannot be loaded.
+    pub(super) fn prefill(&self) -> Result<&prefill::Kernels, Error> {
+        let load = || {
+            self.enter()?;
+            let module = |image: &'static [u8]| {
+                // SAFETY: a whole fatbin, built in; unloaded in drop.
+                unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(Error::driver("load the kernels"))
+            };
+            let modules = [module(PREFILL_PLAN)?, module(PREFILL_LOOKUP)?, module(PREFILL_ATTEND)?];
+            Ok((prefill::Kernels::new(modules, self.n_sm)?, modules))
+        };
+        self.prefill.get_or_init(load).as_ref().map(|loaded| &loaded.0).map_err(Error::clone)
     }
 
     /// Puts a kernel on a stream. `early`: it may start while the one before it ends, where the GPU can.
@@ -244,6 +272,36 @@ impl Device {
         early: bool,
         stream: sys::CUstream,
     ) -> Result<(), Error> {
+        // SAFETY: the same contract.
+        unsafe { self.put(function, grid, threads, parameters, (early, 0), stream) }
+    }
+
+    /// The same with so many bytes of shared memory, for a kernel that may have them; it waits for the one before it.
+    ///
+    /// # Safety
+    /// As for `start`.
+    pub(super) unsafe fn start_with<P>(
+        &self,
+        function: sys::CUfunction,
+        grid: [u32; 3],
+        threads: [usize; 2],
+        parameters: &P,
+        bytes: usize,
+        stream: sys::CUstream,
+    ) -> Result<(), Error> {
+        // SAFETY: the same contract.
+        unsafe { self.put(function, grid, threads, parameters, (false, bytes), stream) }
+    }
+
+    unsafe fn put<P>(
+        &self,
+        function: sys::CUfunction,
+        grid: [u32; 3],
+        threads: [usize; 2],
+        parameters: &P,
+        (early, bytes): (bool, usize),
+        stream: sys::CUstream,
+    ) -> Result<(), Error> {
         let mut attribute = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
@@ -256,7 +314,7 @@ impl Device {
             blockDimX: threads[0] as c_uint,
             blockDimY: threads[1] as c_uint,
             blockDimZ: 1,
-            sharedMemBytes: 0,
+            sharedMemBytes: bytes as c_uint,
             hStream: stream,
             attrs: &mut attribute,
             numAttrs: (early && self.overlap) as c_uint,
@@ -296,6 +354,9 @@ impl Drop for Device {
         // SAFETY: ours, and nobody launches from them any more. A failure at the process's end is of no interest.
         unsafe {
             self.modules.iter().for_each(|m| _ = result::module::unload(*m));
+            if let Some(Ok((_, modules))) = self.prefill.get() {
+                modules.iter().for_each(|m| _ = result::module::unload(*m));
+            }
             let _ = result::primary_ctx::release(self.cu);
         }
     }

@@ -2,7 +2,7 @@
 //! Knows nothing of ggml.
 //!
 //! `device` finds the driver and loads the kernels, `resident` holds an index in device memory, `bound` ties it to cells of a
-//! cache, `plan` lays a call out and `launch` puts it on a stream. Nothing in a launch allocates, waits or depends on what the
+//! cache, `plan` lays a call out and `launch` puts it on a stream; `prefill` is for calls of many rows. Nothing in a launch allocates, waits or depends on what the
 //! device computes: a launch can be captured in a CUDA graph and replayed with other data at the same addresses.
 
 mod bound;
@@ -12,6 +12,7 @@ mod memory;
 mod module;
 mod params;
 mod plan;
+mod prefill;
 mod resident;
 mod rows;
 mod stream;
@@ -21,6 +22,7 @@ pub use device::Device;
 pub(crate) use device::{KMEANS_ASSIGN, KMEANS_CENTRE, KMEANS_REPAIR, KMEANS_SORT, KMEANS_SUMMARY, KMEANS_UNIT};
 pub use launch::{Attention, Call, Workspace, STAGES};
 pub use memory::{is_on, Buffer};
+pub use prefill::{Prefill, PrefillCall, Tile, MAX_PREFILL_ROWS, PREFILL_STAGES, TILE_RUN};
 pub(crate) use memory::{Carver, Pinned};
 pub(crate) use module::Module;
 pub use resident::Resident;
@@ -29,7 +31,7 @@ pub use stream::{Event, Executable, Mapped, Stream};
 
 /// Head sizes (of keys and values alike) that the kernels are built for.
 pub const HEAD_DIMS: [usize; 2] = [64, 128];
-/// Query rows of one call at most.
+/// Query rows of one call of `Attention` at most.
 pub const MAX_ROWS: usize = 16;
 /// Bindings of one call at most.
 pub const BOUND_MAX: usize = params::MAX_BOUND;
