@@ -267,7 +267,7 @@ __device__ __forceinline__ void load_queries(const Prefill &p, uint32_t head_kv,
     constexpr int LANES = D / 4, ROWS = Path::THREADS / LANES;
     const Call &call = p.call;
     const int lane = threadIdx.x % LANES;
-#pragma unroll 4
+#pragma unroll 8
     for (int column = threadIdx.x / LANES; column < PREFILL_COLUMNS; column += ROWS) {
         const uint32_t row = row_of(p, tile, part, column);
         float4 own = {0, 0, 0, 0};

@@ -62,9 +62,8 @@ fn kernel(function: sys::CUfunction, threads: usize, bytes: usize, n_sm: usize) 
         return Ok(None);
     }
     // SAFETY: as above.
-    let per_sm =
-        unsafe { result::occupancy::max_active_block_per_multiprocessor(function, threads as c_int, bytes) }
-            .map_err(Error::driver("tell a kernel's occupancy"))?;
+    let per_sm = unsafe { result::occupancy::max_active_block_per_multiprocessor(function, threads as c_int, bytes) }
+        .map_err(Error::driver("tell a kernel's occupancy"))?;
     Ok((per_sm > 0).then_some(Kernel { function, bytes, blocks: n_sm * per_sm as usize }))
 }
 
@@ -73,10 +72,7 @@ impl Kernels {
     ///
     /// # Errors
     /// A kernel is missing, or the driver refuses.
-    pub(in super::super) fn new(
-        [plan, lookup, attend]: [sys::CUmodule; 3],
-        n_sm: usize,
-    ) -> Result<Kernels, Error> {
+    pub(in super::super) fn new([plan, lookup, attend]: [sys::CUmodule; 3], n_sm: usize) -> Result<Kernels, Error> {
         let path = |path: Path, d: usize| -> Result<Option<PathKernels>, Error> {
             let Some(found) = find(attend, &format!("prefill_attend_{d}{}", path.suffix))? else { return Ok(None) };
             let mut own = PathKernels {

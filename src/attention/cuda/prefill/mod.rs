@@ -146,7 +146,8 @@ impl Prefill {
         let lookup = |pass: usize| (plan.lookup[pass], [p.chunks * p.parts, p.own_slots, n_head_kv], plan.threads);
         let by_mass = (p.call.mode == MODE_MASS) as usize;
         let (kernel, grid, threads) = match PREFILL_STAGES[stage] {
-            "check" | "sums" | "means" | "select" if n_bound == 0 => return Ok(()),
+            "check" if n_bound == 0 => return Ok(()),
+            "sums" | "means" | "select" if p.own_slots == 0 => return Ok(()),
             "seen" if p.seen == 0 => return Ok(()),
             "check" => plain(head.check, [CHECK_BLOCKS as u32 * n_bound + n_row, 1, 1], CHECK_THREADS),
             "plan" => plain(kernels.plan, [1, 1, 1], PLAN_THREADS),
@@ -211,26 +212,25 @@ impl Prefill {
         Ok(Some((entries.chunks_exact(2).map(|e| e[1]).collect(), work[2])))
     }
 
-    /// Keys that the whole of the last launch has kept, a tile's counted once for each KV head, and the rows of tiles. Waits for
-    /// the device.
+    /// Keys in the kept clusters of the last launch, mean over the rows that are in tiles and KV heads. Waits for the device.
     ///
     /// # Errors
     /// The driver refuses.
     #[doc(hidden)]
-    pub fn kept_keys(&self, workspace: &Workspace) -> Result<(u64, u64), Error> {
-        let mut sums = (0, 0);
+    pub fn mean_kept(&self, workspace: &Workspace) -> Result<f64, Error> {
+        let (mut sum, mut n) = (0.0, 0);
         for part in &self.plan.parts {
             let p = &part.parameters;
-            let n = (p.own_slots * p.call.n_head_kv) as usize * size_of::<Work>() / 4;
-            let words = workspace.read::<u32>((p.call.work - workspace.address()) as usize, n)?;
-            for (pair, work) in words.chunks_exact(size_of::<Work>() / 4).enumerate() {
+            let words = (p.own_slots * p.call.n_head_kv) as usize * size_of::<Work>() / 4;
+            let words = workspace.read::<u32>((p.call.work - workspace.address()) as usize, words)?;
+            for work in words.chunks_exact(size_of::<Work>() / 4) {
                 if let (Some(_), keys, rows) = Prefill::counts(work.try_into().expect("the size of a chunk")) {
-                    sums.0 += keys as u64;
-                    sums.1 += if pair < p.own_slots as usize { rows as u64 } else { 0 };
+                    sum += (keys * rows) as f64;
+                    n += rows;
                 }
             }
         }
-        Ok(sums)
+        Ok(sum / n.max(1) as f64)
     }
 
     /// `[n_cluster]`: what a tile of the last part ranks the clusters of a KV head by. Waits for the device.

@@ -111,14 +111,17 @@ mod tests {
         let bytes = size_of::<Prefill>() - size_of::<params::Call>();
         assert!(files.contains(&format!("PREFILL_BYTES = CALL_BYTES + {bytes};")));
         for path in [PORTABLE, HOPPER] {
-            let text = format!("THREADS = {}, MT = {}, ALIGNMENT = {};", path.threads, 256 / path.threads, path.alignment);
+            let text =
+                format!("THREADS = {}, MT = {}, ALIGNMENT = {};", path.threads, 256 / path.threads, path.alignment);
             assert!(files.contains(&text), "{text}");
         }
         let stages = |f: fn(&Path) -> usize| format!("Path::MT == 1 ? {} : {}", f(&HOPPER), f(&PORTABLE));
         assert!(files.contains(&format!("STAGES = {};", stages(|p| p.attend_stages))));
         let lookup = include_str!("../../../../kernels/prefill_lookup.cu");
         let [plain, diag] = PORTABLE.lookup_stages;
-        assert!(lookup.contains(&format!("STAGES = DIAG ? {diag} : {plain};")) && HOPPER.lookup_stages == [plain, diag]);
+        assert!(
+            lookup.contains(&format!("STAGES = DIAG ? {diag} : {plain};")) && HOPPER.lookup_stages == [plain, diag]
+        );
     }
 
     #[test]
@@ -126,7 +129,9 @@ mod tests {
         // 99 KiB on compute capability 8.6 and 8.9, 227 KiB on 9.0.
         for d in [64, 128] {
             assert!(PORTABLE.attend_bytes(d) <= 99 << 10 && HOPPER.attend_bytes(d) <= 227 << 10);
-            assert!(PORTABLE.lookup_bytes(d, true, false) <= 99 << 10 && HOPPER.lookup_bytes(d, true, true) <= 227 << 10);
+            assert!(
+                PORTABLE.lookup_bytes(d, true, false) <= 99 << 10 && HOPPER.lookup_bytes(d, true, true) <= 227 << 10
+            );
         }
     }
 }

@@ -116,7 +116,12 @@ impl Plan {
             demand("the index's shape of this layer", same, format!("{s:?}"), "that of the call")?;
             demand("the number of clusters", s.n_cluster as usize <= MAX_CLUSTERS, s.n_cluster, "at most 65536")?;
             [*to, _] = parameters;
-            demand("the number of sinks", to.layer.n_sink as usize <= SINK_TILES * TILE, to.layer.n_sink, "at most 128")?;
+            demand(
+                "the number of sinks",
+                to.layer.n_sink as usize <= SINK_TILES * TILE,
+                to.layer.n_sink,
+                "at most 128",
+            )?;
             let meta = index.meta();
             let keys = |share: f32| match share >= 1.0 {
                 true => EVERY,
