@@ -14,7 +14,7 @@ use std::sync::Mutex;
 use std::thread;
 
 /// Kernels by head size (of keys, or of keys and values) come in files of their own, so that many can be compiled at once.
-const KERNELS: [&str; 28] = [
+const KERNELS: [&str; 31] = [
     "digest",
     "rows",
     "lookup",
@@ -37,6 +37,9 @@ const KERNELS: [&str; 28] = [
     "attend_192_192",
     "attend_256_256",
     "merge",
+    "prefill_plan",
+    "prefill_lookup",
+    "prefill_attend",
     "kmeans_unit",
     "kmeans_assign",
     "kmeans_sort",

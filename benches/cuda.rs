@@ -1,18 +1,21 @@
-//! Microseconds of one decode call on an NVIDIA GPU, in captured graphs: dense (our attend over all keys), the whole sparse call,
+//! Microseconds of one decode or prefill call on an NVIDIA GPU, in captured graphs: dense (our attend over all keys), the whole sparse call,
 //! each stage, bytes moved and the share of the card's copy bandwidth. One JSON object per line on stdout; scripts/bench-cuda.py
 //! adds PyTorch's dense attention and makes the table.
 //!
 //! `cargo bench --bench cuda -- HEADS/KV_HEADSxD@PREFIX ROWS BUDGET [radius|diag|none] [estimate] [coarse=SHARE] [unwatched] [cold]
-//! [TYPE]`, each further call after a comma of its own. TYPE: that of K and V, `f16`, `bf16`, `q8_0` or `q4_0`; quantised rows are
-//! turned as llama.cpp does. `coarse`: with a coarse level (1 % of the keys) that opens this share of them.
+//! [TYPE] [tile=N] [portable]`, each further call after a comma of its own. TYPE: that of K and V, `f16`, `bf16`, `q8_0` or `q4_0`;
+//! quantised rows are turned as llama.cpp does. `coarse`: with a coarse level (1 % of the keys) that opens this share of them.
 //! `unwatched`: without the check of sampled rows. `cold`: before each call as many bytes are written as the weights of a layer
-//! have, which leaves nothing in the L2 cache, instructions included; what that takes is subtracted.
+//! have, which leaves nothing in the L2 cache, instructions included; what that takes is subtracted. More than 16 rows are a
+//! prefill, in tiles of N (128), by the kernels for every GPU if `portable`; its lookup is all before select, and it has TFLOP/s.
 
 use std::mem::MaybeUninit;
 use std::sync::Arc;
 
 use cudarc::driver::{result, sys};
-use ggml_squeeze::attention::cuda::{Attention, Bound, Buffer, Call, Device, Resident, Workspace, STAGES};
+use ggml_squeeze::attention::cuda::{
+    Attention, Bound, Buffer, Call, Device, Prefill, PrefillCall, Resident, Workspace, MAX_ROWS, PREFILL_STAGES, STAGES,
+};
 use ggml_squeeze::attention::{Array, Element, Mode, Problem, Rotation, Selection, Spread};
 use ggml_squeeze::index::*;
 use half::{bf16, f16};
@@ -42,6 +45,8 @@ struct Shape {
     watched: bool,
     cold: bool,
     element: Element,
+    tile: usize,
+    portable: bool,
 }
 
 fn parse(text: &str) -> Option<Shape> {
@@ -69,7 +74,56 @@ fn parse(text: &str) -> Option<Shape> {
         watched: !rest.contains(&"unwatched"),
         cold: rest.contains(&"cold"),
         element: Element::ALL.into_iter().find(|e| rest.contains(&e.name())).unwrap_or(Element::F16),
+        tile: rest.iter().find_map(|w| w.strip_prefix("tile=")).map_or(Some(128), |w| w.parse().ok())?,
+        portable: rest.contains(&"portable"),
     })
+}
+
+/// A call that is ready to be put on a stream.
+enum Ready {
+    Decode(Attention),
+    Prefill(Prefill),
+}
+
+impl Ready {
+    fn new(device: &Arc<Device>, s: &Shape, calls: &[Call<'_>]) -> (Vec<Ready>, Workspace) {
+        if s.n_row <= MAX_ROWS {
+            let workspace = Workspace::for_calls(device, &calls.iter().collect::<Vec<_>>()).expect("a workspace");
+            let made = calls.iter().map(|c| Attention::new(device, c, &workspace).expect("a supported call"));
+            return (made.map(Ready::Decode).collect(), workspace);
+        }
+        fn many<'a>(call: &Call<'a>, s: &Shape) -> PrefillCall<'a> {
+            PrefillCall { call: *call, tile: s.tile, portable: s.portable, slots: 0 }
+        }
+        let bytes = calls.iter().map(|c| Prefill::bytes_for(device, &many(c, s)).expect("a supported call")).max();
+        let workspace = Workspace::of_bytes(device, bytes.unwrap_or(0)).expect("a workspace");
+        let made = calls.iter().map(|c| Prefill::new(device, &many(c, s), &workspace).expect("a supported call"));
+        (made.map(Ready::Prefill).collect(), workspace)
+    }
+
+    fn n_stage(&self) -> usize {
+        match self {
+            Ready::Decode(_) => STAGES.len(),
+            Ready::Prefill(_) => PREFILL_STAGES.len(),
+        }
+    }
+
+    /// The whole call, or a stage of it.
+    ///
+    /// # Safety
+    /// As for the call's own.
+    unsafe fn launch(&self, stage: Option<usize>, stream: sys::CUstream) {
+        // SAFETY: the same contract.
+        let done = unsafe {
+            match (self, stage) {
+                (Ready::Decode(a), None) => a.launch(stream),
+                (Ready::Decode(a), Some(stage)) => a.launch_stage(stage, stream, true),
+                (Ready::Prefill(p), None) => p.launch(stream),
+                (Ready::Prefill(p), Some(stage)) => p.launch_stage(stage, stream),
+            }
+        };
+        done.expect("a launch");
+    }
 }
 
 fn normal(r: &mut SmallRng) -> f32 {
@@ -319,7 +373,7 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
         estimate: s.estimate,
         coarse_share: s.coarse_share,
     };
-    let calls = |rows: &Buffer| -> (Vec<Attention>, Workspace) {
+    let calls = |rows: &Buffer| -> (Vec<Ready>, Workspace) {
         let bounds: Vec<[&Bound; 1]> = sets.iter().map(|set| [&set.bound]).collect();
         let call = |(set, bounds): (&'_ Set, _)| {
             let problem = Problem {
@@ -338,9 +392,7 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
             Call { problem, rotation, layer: 0, selection, rows: rows.address(), seen: true, bounds, first_stream: 0 }
         };
         let all: Vec<Call<'_>> = sets.iter().zip(&bounds).map(|(set, b)| call((set, &b[..]))).collect();
-        let workspace = Workspace::for_calls(device, &all.iter().collect::<Vec<_>>()).expect("a workspace");
-        let made = all.iter().map(|c| Attention::new(device, c, &workspace).expect("a supported call")).collect();
-        (made, workspace)
+        Ready::new(device, s, &all)
     };
     let rounds = CALLS.div_ceil(n_set);
     let time = |replays, put: &dyn Fn(sys::CUstream)| -> Vec<f64> {
@@ -351,23 +403,23 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
         true => median(time(30, &|stream| sets.iter().for_each(|_| pass_weights(stream)))),
         false => 0.0,
     };
-    let time = |replays, put: &dyn Fn(&Attention, sys::CUstream), all: &[Attention]| -> Vec<f64> {
-        let one = |a: &Attention, stream| {
+    let time = |replays, put: &dyn Fn(&Ready, sys::CUstream), all: &[Ready]| -> Vec<f64> {
+        let one = |a: &Ready, stream| {
             pass_weights(stream);
             put(a, stream);
         };
         time(replays, &|stream| all.iter().for_each(|a| one(a, stream))).into_iter().map(|t| t - passing).collect()
     };
     let (sparse, workspace) = calls(&sparse_rows);
-    let whole = |attention: &[Attention], replays| {
+    let whole = |calls: &[Ready], replays| {
         // SAFETY: everything lives until the end of this function.
-        time(replays, &|a, stream| unsafe { a.launch(stream) }.expect("a launch"), attention)
+        time(replays, &|call, stream| unsafe { call.launch(None, stream) }, calls)
     };
     let mut times = whole(&sparse, 30);
-    let stages: Vec<f64> = (0..STAGES.len())
+    let stages: Vec<f64> = (0..sparse[0].n_stage())
         .map(|stage| {
             // SAFETY: as above; the last whole call left what the stages read.
-            let put = |a: &Attention, stream| unsafe { a.launch_stage(stage, stream, true) }.expect("a launch");
+            let put = |call: &Ready, stream| unsafe { call.launch(Some(stage), stream) };
             median(time(30, &put, &sparse))
         })
         .collect();
@@ -375,16 +427,20 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
     let dense_us = median(whole(&dense, 15));
     times.extend(whole(&sparse, 30));
     let us = median(times);
+    let attention = match &sparse[0] {
+        Ready::Decode(attention) => attention,
+        Ready::Prefill(prefill) => return prefill_line(s, prefill, &workspace, (us, dense_us, n_set, copy), &stages),
+    };
     let keys: u64 = (0..n_head_kv)
         .flat_map(|h| (0..n_row).map(move |row| (row, h)))
-        .map(|(row, h)| sparse[0].kept(&workspace, row, h).expect("the device").expect("a sparse row").1 as u64)
+        .map(|(row, h)| attention.kept(&workspace, row, h).expect("the device").expect("a sparse row").1 as u64)
         .sum();
     let n_cluster = (n_prefix - SINKS - WINDOW) / 20;
     let always = (SINKS + WINDOW + 64) * n_row * n_head_kv;
     let opened: usize = match s.coarse_share < 1.0 {
         true => (0..n_head_kv)
             .flat_map(|h| (0..n_row).map(move |row| (row, h)))
-            .map(|(row, h)| sparse[0].opened(&workspace, row, h).expect("the device").expect("a coarse level").len())
+            .map(|(row, h)| attention.opened(&workspace, row, h).expect("the device").expect("a coarse level").len())
             .sum(),
         false => n_head_kv * n_cluster,
     };
@@ -422,12 +478,56 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
     )
 }
 
+/// A prefill's line: `us`, `dense_us`, sets and the copy's rate are as of `measure`.
+fn prefill_line(
+    s: &Shape,
+    prefill: &Prefill,
+    workspace: &Workspace,
+    (us, dense_us, n_set, copy): (f64, f64, usize, f64),
+    stages: &[f64],
+) -> String {
+    let stage = |name: &str| PREFILL_STAGES.iter().position(|s| *s == name).map_or(0.0, |i| stages[i]);
+    let keys = prefill.mean_kept(workspace).expect("the device");
+    let kept = keys / s.n_prefix as f64;
+    let attended = keys + (SINKS + WINDOW + 64) as f64;
+    let tflops =
+        |keys: f64, products: f64, us: f64| 2.0 * products * keys * (s.n_row * s.n_head * s.d) as f64 / us / 1e6;
+    let n_cluster = ((s.n_prefix - SINKS - WINDOW) / 20) as f64;
+    let products = if s.spread == Spread::Diag { 2.0 } else { 1.0 };
+    let lookup: f64 = ["check", "plan", "seen", "sums", "means"].into_iter().map(stage).sum();
+    format!(
+        "{{\"heads\":{},\"kv_heads\":{},\"d\":{},\"prefix\":{},\"rows\":{},\"budget\":{},\"spread\":\"{:?}\",\"estimate\":false,\
+         \"tile\":{},\"portable\":{},\"sets\":{n_set},\"copy_tb_s\":{:.3},\"us\":{us:.2},\"dense_us\":{dense_us:.2},\
+         \"lookup_us\":{lookup:.2},\"check_us\":{:.2},\"sums_us\":{:.2},\"means_us\":{:.2},\"select_us\":{:.2},\
+         \"attend_us\":{:.2},\"merge_us\":{:.2},\"lookup_tflops\":{:.1},\"attend_tflops\":{:.1},\"kept\":{kept:.4},\
+         \"coarse_share\":1}}",
+        s.n_head,
+        s.n_head_kv,
+        s.d,
+        s.n_prefix,
+        s.n_row,
+        s.budget,
+        s.spread,
+        s.tile,
+        s.portable,
+        copy / 1e6,
+        stage("check") + stage("plan") + stage("seen"),
+        stage("sums"),
+        stage("means"),
+        stage("select"),
+        stage("attend"),
+        stage("merge"),
+        tflops(n_cluster, 2.0 * products, stage("sums") + stage("means")),
+        tflops(attended, 2.0, stage("attend")),
+    )
+}
+
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let text = words.join(" ");
     let shapes: Vec<Shape> = text.split(',').filter(|t| !t.trim().is_empty()).filter_map(parse).collect();
     if shapes.is_empty() {
-        eprintln!("usage: cuda HEADS/KV_HEADSxD@PREFIX ROWS BUDGET [radius|diag|none] [estimate] [coarse=SHARE] [unwatched] [cold] [f16|bf16|q8_0|q4_0][, ...]");
+        eprintln!("usage: cuda HEADS/KV_HEADSxD@PREFIX ROWS BUDGET [radius|diag|none] [estimate] [coarse=SHARE] [unwatched] [cold] [f16|bf16|q8_0|q4_0] [tile=N] [portable][, ...]");
         return;
     }
     let device = match Device::new(0) {

@@ -27,6 +27,8 @@ constexpr int SINK_TILES = 8;
 // (row, KV head) pairs of a call, and query heads per KV head, at most.
 constexpr int MAX_PAIRS = 2048;
 constexpr int MAX_GROUP = 16;
+// Columns of a prefill's panel: (row, head of the group).
+constexpr int PREFILL_COLUMNS = 128;
 
 enum Spread : uint32_t { SPREAD_NONE = 0, SPREAD_RADIUS = 1, SPREAD_DIAG = 2 };
 enum Mode : uint32_t { MODE_BUDGET = 0, MODE_THRESHOLD = 1, MODE_MASS = 2 };

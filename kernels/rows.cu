@@ -34,15 +34,16 @@ __device__ bool changed(const Held &held) {
 
 }  // namespace
 
-// Grid: (parts of the longest prefix, bindings); the block that ends last decides.
+// Grid: (parts of the longest prefix, bindings, parts of the rows); the block that ends last decides.
 extern "C" __global__ void __launch_bounds__(ROWS_THREADS) rows_of(const __grid_constant__ Rows call) {
     const Held &held = call.held[blockIdx.y];
-    if (blockIdx.x == 0) {
+    if (blockIdx.x == 0 && blockIdx.z == 0) {
         const bool over = writes(call, held) || changed(held);
         if (__syncthreads_or(over) && threadIdx.x == 0) *held.valid = 0;
     }
     const uint32_t begin = blockIdx.x * ROWS_PART, end = min(begin + ROWS_PART, held.n_prefix);
-    for (uint32_t row = 0; row < call.n_row; ++row) {
+    const uint32_t first = blockIdx.z * ROWS_EACH;
+    for (uint32_t row = first; row < min(first + ROWS_EACH, call.n_row); ++row) {
         const uint32_t stream = row / call.n_query, query = row % call.n_query;
         const half *mask = reinterpret_cast<const half *>(call.mask.data + query * call.mask.nb1 +
                                                           stream % call.mask_streams * call.mask.nb3);
@@ -53,28 +54,32 @@ extern "C" __global__ void __launch_bounds__(ROWS_THREADS) rows_of(const __grid_
                 hidden |= cell >= call.n_kv || (__half_as_ushort(mask[min(cell, call.n_kv - 1)]) & 0x7fff) != 0;
             }
         }
-        if (__syncthreads_or(hidden) && threadIdx.x == 0) call.hidden[blockIdx.y * MAX_ROWS + row] = 1;
+        if (__syncthreads_or(hidden) && threadIdx.x == 0) call.hidden[blockIdx.y * call.n_row + row] = 1;
     }
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
-        last = atomicAdd(call.done, 1) == gridDim.x * gridDim.y - 1;
+        last = atomicAdd(call.done, 1) == gridDim.x * gridDim.y * gridDim.z - 1;
         __threadfence();
     }
     __syncthreads();
     if (!last) return;
-    int32_t own = -1;
-    if (threadIdx.x < call.n_row) {
-        for (int b = call.n_choice - 1; b >= 0; --b) {
-            const bool holds = *static_cast<volatile uint32_t *>(call.held[b].valid) != 0;
-            if (holds && *static_cast<volatile uint32_t *>(&call.hidden[b * MAX_ROWS + threadIdx.x]) == 0) own = b;
+    int n_sparse = 0;
+    for (uint32_t from = 0; from < call.n_row; from += ROWS_THREADS) {
+        const uint32_t row = from + threadIdx.x;
+        int32_t own = -1;
+        if (row < call.n_row) {
+            for (int b = call.n_choice - 1; b >= 0; --b) {
+                const bool holds = *static_cast<volatile uint32_t *>(call.held[b].valid) != 0;
+                if (holds && *static_cast<volatile uint32_t *>(&call.hidden[b * call.n_row + row]) == 0) own = b;
+            }
+            call.rows[row] = own;
         }
-        call.rows[threadIdx.x] = own;
+        n_sparse += __syncthreads_count(own >= 0);
     }
-    const int n_sparse = __syncthreads_count(own >= 0);
     // For the next launch, and for whoever looks from the host.
-    if (threadIdx.x < MAX_BOUND * MAX_ROWS) call.hidden[threadIdx.x] = 0;
+    for (uint32_t i = threadIdx.x; i < MAX_BOUND * call.n_row; i += ROWS_THREADS) call.hidden[i] = 0;
     if (threadIdx.x == 0) *call.done = 0, *static_cast<volatile uint32_t *>(call.n_sparse) = n_sparse;
     if (threadIdx.x < call.n_bound) {
         *static_cast<volatile uint32_t *>(call.held[threadIdx.x].status) =

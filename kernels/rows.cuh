@@ -8,7 +8,8 @@ namespace squeeze {
 constexpr int ROWS_THREADS = 256;
 // Tokens of a prefix that a block looks up in the masks.
 constexpr uint32_t ROWS_PART = 2048;
-constexpr int MAX_ROWS = 16;
+// Rows that a block looks at, one after the other.
+constexpr uint32_t ROWS_EACH = 16;
 // Tensors of row numbers that a graph writes its cache by.
 constexpr int MAX_WRITTEN = 4;
 
@@ -37,9 +38,9 @@ struct Rows {
     Strided mask;
     Written written[MAX_WRITTEN];
     Held held[MAX_BOUND];
-    // [MAX_ROWS] binding of each row, -1: dense.
+    // [n_row] binding of each row, -1: dense.
     int32_t *rows;
-    // [MAX_BOUND][MAX_ROWS] and a counter: 0 between launches.
+    // [MAX_BOUND][n_row] and a counter: 0 between launches.
     uint32_t *hidden, *done;
     // `n_row` may be 0: then only the bindings are checked.
     // The first `n_choice` bindings are those that rows may have.

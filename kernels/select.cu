@@ -5,6 +5,10 @@
 //
 // With a coarse level it runs twice: COARSE ranks coarse clusters by keys and lists the fine clusters of those that it opens,
 // as if they were keys; OPENED ranks the fine clusters that lookup found there.
+//
+// TILE is for the tiles of a prefill (prefill.cuh), which stand in the place of rows: lookup has summed their probabilities, of
+// each of `group` panels, into y (and x). Then `check` is the tiles' [n_row] numbers of rows, `n_part` the heads per KV head,
+// and `dropped` [pairs][group][n_dropped] sums of the sinks' probabilities, as floats.
 #include "common.cuh"
 
 namespace squeeze {
@@ -21,11 +25,13 @@ constexpr int BIN_SHIFT = 17;
 constexpr int FIRST_BIN = (0x3f800000 >> BIN_SHIFT) - BINS + 1;
 // Clusters of the cut's bin that are ranked directly.
 constexpr int CANDIDATES = 512;
+// Undoes what sums of squares are scaled by (prefill.cuh).
+constexpr float SQUARE_ROOT_SCALE = 0x1p-50f;
 // Kept clusters that are listed in shared memory first.
 constexpr uint32_t ROOM = 4096;
 
 // ALONE: FLAT for groups of one head and a budget. Its scores need not be normalised: they are in the right order as they are.
-enum class Level { FLAT, ALONE, COARSE, OPENED };
+enum class Level { FLAT, ALONE, COARSE, OPENED, TILE };
 
 struct Shared {
     union {
@@ -189,7 +195,7 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
     await_previous(call);
 
     bool bad = work.bound < 0;
-    if (LEVEL != Level::OPENED && !bad && threadIdx.x < CHECK_BLOCKS) bad = call.check[(work.bound * CHECK_BLOCKS + threadIdx.x) * call.n_row + row] != 0;
+    if (LEVEL != Level::OPENED && LEVEL != Level::TILE && !bad && threadIdx.x < CHECK_BLOCKS) bad = call.check[(work.bound * CHECK_BLOCKS + threadIdx.x) * call.n_row + row] != 0;
     const uint64_t column = static_cast<uint64_t>(pair) * call.group;
     // Rows of E floats from `from` on are aligned; what lies past a row's end is never used.
     auto load_scores = [&](const float *scores, uint32_t g, float4 (&out)[E / 4]) {
@@ -202,7 +208,7 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
     float4 y[HEADS][E / 4];
     const uint2 *listed = call.list + static_cast<uint64_t>(pair) * call.n_cluster + from;
     float2 *dropped = call.dropped + column * call.n_dropped;
-    if (work.bound >= 0) {
+    if (LEVEL != Level::TILE && work.bound >= 0) {
 #pragma unroll
         for (int h = 0; h < HEADS; ++h) load_scores(call.y, min(h, call.group - 1), y[h]);
         const uint64_t at = column * (call.n_tile + SINK_TILES);
@@ -214,7 +220,7 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
                 size[e] = two.y, size[e + 1] = from + e + 1 < n ? two.w : 0;
             }
         }
-        if (LEVEL != Level::ALONE) sum_partials(call, shared.partial, call.partial + at, n_tile, n_sink_tile, dropped, n_dropped);
+        if (LEVEL != Level::ALONE && LEVEL != Level::TILE) sum_partials(call, shared.partial, call.partial + at, n_tile, n_sink_tile, dropped, n_dropped);
     }
     if (__syncthreads_or(bad)) {
         work.bound = -1;
@@ -222,6 +228,19 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
         return;
     }
 
+    // Panels of a tile, added up in order.
+    const uint32_t tile_rows = LEVEL == Level::TILE ? call.check[row] : 0;
+    const uint32_t panels = (tile_rows * call.n_part + PREFILL_COLUMNS - 1) / PREFILL_COLUMNS;
+    auto add_panels = [&](const float *scores, float (&to)[E]) {
+        for (uint32_t g = 0; g < panels; ++g) {
+            float4 own[E / 4];
+            load_scores(scores, g, own);
+#pragma unroll
+            for (int e = 0; e < E; e += 4) {
+                to[e] += own[e / 4].x, to[e + 1] += own[e / 4].y, to[e + 2] += own[e / 4].z, to[e + 3] += own[e / 4].w;
+            }
+        }
+    };
     float p[E] = {};
     auto add_scores = [&](const float4 (&scores)[E / 4], float2 norm, float (&to)[E]) {
         if (norm.y == 0) return;
@@ -241,6 +260,13 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
             // One zero alone.
             p[e] = four.x + 0.0f, p[e + 1] = four.y + 0.0f, p[e + 2] = four.z + 0.0f, p[e + 3] = four.w + 0.0f;
         }
+    } else if constexpr (LEVEL == Level::TILE) {
+        add_panels(call.y, p);
+        // The mean, or the root of the mean square.
+        const bool squared = tile_rows > 1;
+        const float each = __fdividef(1, tile_rows * call.n_part);
+#pragma unroll
+        for (int e = 0; e < E; ++e) p[e] = squared ? sqrtf(p[e] * each) * SQUARE_ROOT_SCALE : p[e] * each;
     } else {
         const Norms norms = norms_of(call, shared.partial);
         for (uint32_t first = 0; first < call.group; first += HEADS) {
@@ -257,7 +283,17 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
 
     // What a cluster counts towards the target: its keys, or its mass in fixed point, so that sums have no order.
     uint32_t mass[MASS ? E : 1], target = call.mode == MODE_BUDGET ? bound.target : bound.floor;
-    if constexpr (MASS) {
+    if constexpr (MASS && LEVEL == Level::TILE) {
+        const float each = __fdividef(1, tile_rows * call.n_part);
+        float sinks = 0, mean[E] = {};
+        const float *own = reinterpret_cast<const float *>(call.dropped) + column * call.n_dropped;
+        for (uint32_t i = 0; i < panels * call.n_dropped; ++i) sinks += own[i];
+        add_panels(call.x, mean);
+#pragma unroll
+        for (int e = 0; e < E; ++e) mass[e] = from + e < n ? static_cast<uint32_t>(mean[e] * each * size[e] * 0x1p30f) : 0;
+        const float want = call.mass - sinks * each;
+        target = call.mass >= 1 ? ALL : want <= 0 ? 0 : max(1u, static_cast<uint32_t>(want * 0x1p30f));
+    } else if constexpr (MASS) {
         const float2 *partial = call.partial + column * (call.n_tile + SINK_TILES);
         const Norms norms = norms_of(call, shared.partial);
         float sinks = 0;
@@ -434,6 +470,12 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
     if (threadIdx.x == 0) {
         work.n_kept = kept_total;
         work.n_keys = key_total;
+        if (LEVEL == Level::TILE) {
+            // Attend counts for itself; the tile's rows are for statistics.
+            work.always_tiles = tile_rows;
+            call.work[pair] = work;
+            return;
+        }
         work.always_tiles = (bound.n_always + TILE - 1) / TILE;
         work.member_tiles = (key_total + TILE - 1) / TILE;
         work.estimate_tiles = call.estimate && kept_total < n ? n_tile : 0;
@@ -465,6 +507,9 @@ __device__ void select_opened(const Call &call, Shared &shared) {
 #define OPENED(E, THREADS)                                                             \
     KERNEL(select_opened_##E##_##THREADS, THREADS, (select_opened<E, false, THREADS>)) \
     KERNEL(select_opened_##E##_##THREADS##_mass, THREADS, (select_opened<E, true, THREADS>))
+#define TILE(E, THREADS)                                                                     \
+    KERNEL(select_tile_##E##_##THREADS, THREADS, (select_clusters<E, false, THREADS, Level::TILE>)) \
+    KERNEL(select_tile_##E##_##THREADS##_mass, THREADS, (select_clusters<E, true, THREADS, Level::TILE>))
 SELECT(4, 512)
 SELECT(8, 1024)
 SELECT(16, 1024)
@@ -478,5 +523,8 @@ COARSE(8, 1024)
 COARSE(64, 1024)
 OPENED(4, 512)
 OPENED(64, 1024)
+TILE(8, 1024)
+TILE(16, 1024)
+TILE(64, 1024)
 
 }  // namespace squeeze

@@ -3,7 +3,8 @@
 
 Usage: bench-cuda.py BENCH_BINARY [--json FILE] [SHAPE ...]     SHAPE as the bench takes it, e.g. "32/32x128@131072 1 0.1"
 The dense figure of a row is the best of PyTorch's scaled_dot_product_attention (every backend that takes the shape, GQA groups
-as query rows) and of our attend kernel over all keys; both in captured graphs over buffers that outgrow the L2 cache.
+as query rows) and of our attend kernel over all keys; both in captured graphs over buffers that outgrow the L2 cache. More than 16
+rows are a prefill, e.g. "32/32x128@131072 512 0.1 tile=128": torch's attention of them is not causal either.
 """
 import json
 import subprocess
@@ -55,6 +56,11 @@ def torch_dense(torch, heads, kv_heads, d, prefix, rows):
     return best
 
 
+def rate(r, stage):
+    """Share of the copy's bandwidth; of a prefill TFLOP/s."""
+    return f"{r[stage + '_share']:.0%}" if stage + "_share" in r else f"{r[stage + '_tflops']:.0f} TFLOP/s"
+
+
 def main():
     arguments = sys.argv[1:]
     out = None
@@ -87,12 +93,14 @@ def main():
             print(json.dumps(r), file=out, flush=True)
         spread = r["spread"].lower() + (" + estimate" if r["estimate"] else "") + ("" if r["type"] == "f16" else f", {r['type']}")
         spread += " + cold" if r["cold"] else ""
+        if "tile" in r:
+            spread += f", tiles of {r['tile']}" + (", portable" if r["portable"] else "")
         flat = r["coarse_share"] >= 1
         spread += "" if flat else f" + coarse {r['coarse_share']}"
         coarse = "- | -" if flat else f"{r['coarse_lookup_us']:.1f} | {r['coarse_select_us']:.1f}"
         print(f"| {r['heads']}/{r['kv_heads']}x{r['d']} | {r['prefix']} | {r['rows']} | {r['budget']} | {spread} | {best:.1f} | {by} |"
               f" {r['us']:.1f} | {r['speed_up']:.2f}x | {coarse} | {r['lookup_us']:.1f} | {r['select_us']:.1f} | {r['attend_us']:.1f} |"
-              f" {r['merge_us']:.1f} | {r['lookup_share']:.0%} | {r['attend_share']:.0%} |", flush=True)
+              f" {r['merge_us']:.1f} | {rate(r, 'lookup')} | {rate(r, 'attend')} |", flush=True)
     if torch:
         print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {r['copy_tb_s']} TB/s")
 

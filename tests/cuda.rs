@@ -6,6 +6,8 @@ mod coarse;
 mod gpu;
 #[path = "cuda/graph.rs"]
 mod graph;
+#[path = "cuda/prefill.rs"]
+mod prefill;
 #[path = "cuda/rows.rs"]
 mod rows;
 #[path = "cuda/types.rs"]
@@ -18,7 +20,7 @@ use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use attend_case::{Case, Random, Spec, LAYER};
 use cudarc::driver::{result, sys};
 use ggml_squeeze::attention::cuda::{Attention, Bound, Buffer, Call, Device, Error, Resident, Workspace};
-use ggml_squeeze::attention::{oracle, Array, Element, Mode, Problem, Rotation, Row, Selection, Spread};
+use ggml_squeeze::attention::{self, oracle, Array, Element, Mode, Problem, Rotation, Row, Selection, Spread};
 use graph::Graph;
 use half::f16;
 use proptest::prelude::*;

@@ -29,7 +29,7 @@ pub enum Reason {
     Stale,
     /// The prefix is shorter than sparse attention is worth.
     Short,
-    /// More query rows than the CUDA kernels take.
+    /// More than 16 query rows on a GPU where tiles are off, or more than the CUDA kernels take at all.
     Prefill,
     /// Head size or strides that our kernels do not take.
     Kernel,

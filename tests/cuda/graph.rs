@@ -8,12 +8,18 @@ pub struct Graph {
 
 impl Graph {
     pub fn new(gpu: &OnGpu, attention: &Attention) -> Graph {
+        // SAFETY: everything lives in `gpu`.
+        Graph::of(gpu, &|stream| unsafe { attention.launch(stream) }.unwrap())
+    }
+
+    /// Of whatever is put on the stream.
+    pub fn of(gpu: &OnGpu, put: &dyn Fn(sys::CUstream)) -> Graph {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         let mut exec = std::mem::MaybeUninit::uninit();
         // SAFETY: our own stream; what is captured lives in `gpu`, which outlives every graph of a test.
         unsafe {
             result::stream::begin_capture(gpu.stream, mode).unwrap();
-            attention.launch(gpu.stream).unwrap();
+            put(gpu.stream);
             let graph = result::stream::end_capture(gpu.stream).unwrap();
             sys::cuGraphInstantiateWithFlags(exec.as_mut_ptr(), graph, 0).result().unwrap();
             Graph { graph, exec: exec.assume_init() }

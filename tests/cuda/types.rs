@@ -206,7 +206,7 @@ fn dense_rows_may_have_alibi() {
         let gpu = OnGpu::new(&device, &case);
         let (problem, rotation, selection) = (gpu.problem, gpu.rotation, gpu.selection);
         let rows = gpu.rows.address();
-        let call = Call { problem, rotation, layer: LAYER, selection, rows, bounds: &[], first_stream: 0 };
+        let call = Call { problem, rotation, layer: LAYER, selection, rows, seen: false, bounds: &[], first_stream: 0 };
         let workspace = Workspace::for_calls(&device, &[&call]).unwrap();
         gpu.launch(&Attention::new(&device, &call, &workspace).unwrap());
         let e = error(&gpu.output(), &oracle::run(&case.call));

@@ -1,13 +1,12 @@
 //! The driver, opened at run time, and per GPU the primary context with the kernels loaded into it.
 
 use std::ffi::{c_int, c_uint, c_void, CString};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use cudarc::driver::{result, sys, DriverError};
 
 use super::kinds::{Attend, Lookup};
-use super::params;
-use super::Error;
+use super::{params, prefill, Error};
 
 include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
@@ -58,6 +57,10 @@ pub struct Device {
     /// Those of some types and head sizes, once a call has wanted them.
     pub(super) lookups: Mutex<Vec<Lookup>>,
     pub(super) attends: Mutex<Vec<Attend>>,
+    /// By keys, and by mass.
+    pub(super) select_tile: [[sys::CUfunction; 2]; params::SELECT_TILE.len()],
+    /// Those of a prefill and their modules, loaded at first need.
+    prefill: OnceLock<Result<(prefill::Kernels, [sys::CUmodule; 3]), Error>>,
     /// Can a kernel start while the one before it ends? Those built for compute capability 9.0 and later do; PTX for 8.0 does
     /// not, whatever GPU it runs on.
     overlap: bool,
@@ -175,6 +178,8 @@ impl Device {
             gather: NONE,
             lookups: Mutex::new(Vec::new()),
             attends: Mutex::new(Vec::new()),
+            select_tile: [[NONE; 2]; params::SELECT_TILE.len()],
+            prefill: OnceLock::new(),
             overlap: false,
         };
         device.enter()?;
@@ -249,7 +254,27 @@ impl Device {
         for (to, of) in self.select_opened.iter_mut().zip(params::SELECT_OPENED) {
             *to = variant("_opened", of)?;
         }
+        for (to, of) in self.select_tile.iter_mut().zip(params::SELECT_TILE) {
+            *to = variant("_tile", of)?;
+        }
         Ok(())
+    }
+
+    /// The kernels of a prefill.
+    ///
+    /// # Errors
+    /// They cannot be loaded.
+    pub(super) fn prefill(&self) -> Result<&prefill::Kernels, Error> {
+        let load = || {
+            self.enter()?;
+            let module = |image: &'static [u8]| {
+                // SAFETY: a whole fatbin, built in; unloaded in drop.
+                unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(Error::driver("load the kernels"))
+            };
+            let modules = [module(PREFILL_PLAN)?, module(PREFILL_LOOKUP)?, module(PREFILL_ATTEND)?];
+            Ok((prefill::Kernels::new(modules, self.n_sm)?, modules))
+        };
+        self.prefill.get_or_init(load).as_ref().map(|loaded| &loaded.0).map_err(Error::clone)
     }
 
     /// Puts a kernel on a stream. `early`: it may start while the one before it ends, where the GPU can.
@@ -340,6 +365,9 @@ impl Drop for Device {
                 .unwrap_or_else(|e| e.into_inner())
                 .iter()
                 .for_each(|m| _ = result::module::unload(*m));
+            if let Some(Ok((_, modules))) = self.prefill.get() {
+                modules.iter().for_each(|m| _ = result::module::unload(*m));
+            }
             let _ = result::primary_ctx::release(self.cu);
         }
     }

@@ -10,6 +10,7 @@ use super::{Bound, Buffer, Device, Error};
 use crate::attention::{Problem, Rotation, Selection};
 
 /// One call: arrays in device memory, and on the device, which binding each row has.
+#[derive(Clone, Copy)]
 pub struct Call<'a> {
     /// Arrays with device addresses. K and V F16, BF16, Q8_0 or Q4_0, head sizes of `HEAD_SIZES`, up to 16 rows, one mask for all
     /// heads, ALiBi only without bindings.
@@ -53,9 +54,26 @@ impl Workspace {
         calls.iter().try_fold(0, |bytes, call| Ok(Plan::new(device, call)?.bytes.max(bytes)))
     }
 
+    /// Of so many bytes.
+    ///
+    /// # Errors
+    /// The memory cannot be had.
+    pub fn of_bytes(device: &Arc<Device>, bytes: usize) -> Result<Workspace, Error> {
+        Ok(Workspace { buffer: Buffer::new(device, "the workspace", bytes)? })
+    }
+
     /// Size in bytes.
     pub fn bytes(&self) -> usize {
         self.buffer.bytes()
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.buffer.address()
+    }
+
+    /// Copies `n` elements from byte `at` to the host.
+    pub(super) fn read<T: bytemuck::AnyBitPattern>(&self, at: usize, n: usize) -> Result<Vec<T>, Error> {
+        self.buffer.read(at, n)
     }
 }
 

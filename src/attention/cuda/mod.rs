@@ -1,8 +1,9 @@
 //! The attention call on an NVIDIA GPU: the same call as on the CPU, as a few kernels on a stream that somebody else owns.
 //! Knows nothing of ggml.
 //!
-//! `device` finds the driver, `kinds` loads the kernels for some types and head sizes, `resident` holds an index in device memory, `bound` ties it to cells of a
-//! cache, `plan` lays a call out and `launch` puts it on a stream. Nothing in a launch allocates, waits or depends on what the
+//! `device` finds the driver, `kinds` loads the kernels for some types and head sizes, `resident` holds an index in device memory,
+//! `bound` ties it to cells of a cache, `plan` lays a call out and `launch` puts it on a stream; `prefill` is for calls of many
+//! rows. Nothing in a launch allocates, waits or depends on what the
 //! device computes: a launch can be captured in a CUDA graph and replayed with other data at the same addresses.
 
 mod bound;
@@ -13,6 +14,7 @@ mod memory;
 mod module;
 mod params;
 mod plan;
+mod prefill;
 mod resident;
 mod rows;
 mod stream;
@@ -24,6 +26,7 @@ pub use launch::{Attention, Call, Workspace, STAGES};
 pub use memory::{is_on, Buffer};
 pub(crate) use memory::{Carver, Pinned};
 pub(crate) use module::Module;
+pub use prefill::{Prefill, PrefillCall, Tile, MAX_PREFILL_ROWS, PREFILL_STAGES, TILE_RUN};
 pub use resident::Resident;
 pub use rows::{gather, Compared, DeviceRows, Masks, RowMap, RowNumbers, Watched, MAX_WRITTEN};
 pub use stream::{Event, Executable, Mapped, Stream};
@@ -33,7 +36,7 @@ pub const HEAD_SIZES: [(usize, usize); 9] =
     [(64, 64), (80, 80), (96, 64), (96, 96), (112, 112), (128, 128), (192, 128), (192, 192), (256, 256)];
 /// Head sizes that an index can be built for on the GPU.
 pub const HEAD_DIMS: [usize; 2] = [64, 128];
-/// Query rows of one call at most.
+/// Query rows of one call of `Attention` at most.
 pub const MAX_ROWS: usize = 16;
 /// Bindings of one call at most.
 pub const BOUND_MAX: usize = params::MAX_BOUND;

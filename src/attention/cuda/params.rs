@@ -27,6 +27,8 @@ pub(super) const SELECT_ALONE: [(usize, usize); 3] = [(4, 512), (8, 1024), (16, 
 /// Over coarse clusters, and over fine ones of opened coarse ones.
 pub(super) const SELECT_COARSE: [(usize, usize); 3] = [(4, 512), (8, 1024), (64, 1024)];
 pub(super) const SELECT_OPENED: [(usize, usize); 2] = [(4, 512), (64, 1024)];
+/// For the tiles of a prefill.
+pub(super) const SELECT_TILE: [(usize, usize); 3] = [(8, 1024), (16, 1024), (64, 1024)];
 /// (row, KV head) pairs of a call, and query heads per KV head, at most.
 pub(super) const MAX_PAIRS: usize = 2048;
 pub(super) const MAX_GROUP: usize = 16;
@@ -222,8 +224,13 @@ mod tests {
             assert_eq!(of(&format!("TYPE_{name}")), type_number(element).expect(name) as usize, "{name}");
         }
         let select = include_str!("../../../kernels/select.cu");
-        let all =
-            [("SELECT", &SELECT[..]), ("ALONE", &SELECT_ALONE), ("COARSE", &SELECT_COARSE), ("OPENED", &SELECT_OPENED)];
+        let all = [
+            ("SELECT", &SELECT[..]),
+            ("ALONE", &SELECT_ALONE),
+            ("COARSE", &SELECT_COARSE),
+            ("OPENED", &SELECT_OPENED),
+            ("TILE", &SELECT_TILE),
+        ];
         for (kind, (e, t)) in all.iter().flat_map(|(kind, variants)| variants.iter().map(move |v| (kind, v))) {
             assert!(select.contains(&format!("\n{kind}({e}, {t})\n")), "{kind}({e}, {t})");
         }

@@ -10,7 +10,7 @@ use crate::attention::{keys_of_share, Mode, Selection, Spread};
 use crate::hadamard;
 
 /// Device memory that one context's calls share at most.
-const WORKSPACE_MAX: usize = 256 << 20;
+pub(super) const WORKSPACE_MAX: usize = 256 << 20;
 /// Of that, the blocks' states: more blocks at once than fit here run one after the other.
 const STATE_MAX: usize = 64 << 20;
 /// Tiles that a block of attend should have per wave, where there are waves.
@@ -64,7 +64,7 @@ pub(super) struct Coarse {
 }
 
 /// Variant of select for so many clusters, and its threads.
-fn select_for(variants: &[(usize, usize)], n_cluster: usize) -> (usize, usize) {
+pub(super) fn select_for(variants: &[(usize, usize)], n_cluster: usize) -> (usize, usize) {
     let fits = variants.iter().position(|(each, threads)| n_cluster <= each * threads).expect("checked before");
     (fits, n_cluster.div_ceil(variants[fits].0).next_power_of_two().max(SELECT_THREADS_MIN))
 }

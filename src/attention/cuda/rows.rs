@@ -4,11 +4,13 @@ use std::sync::Arc;
 
 use super::params::type_number;
 use super::params::{Strided, MAX_BOUND};
-use super::{Bound, Buffer, Device, Error, Mapped, Stream, MAX_ROWS};
+use super::{Bound, Buffer, Device, Error, Mapped, Stream, MAX_PREFILL_ROWS};
 use crate::attention::Element;
 
 const THREADS: usize = 256;
 const PART: usize = 2048;
+/// Rows that a block looks at.
+const EACH: usize = 16;
 /// Tensors of row numbers of one graph at most.
 pub const MAX_WRITTEN: usize = 4;
 
@@ -220,27 +222,27 @@ impl RowMap {
         written: &[RowNumbers],
     ) -> Result<RowMap, Error> {
         let n_row = masks.map_or(0, |m| m.n_query * m.n_stream);
-        let fits = n_row <= MAX_ROWS && watched.len() <= MAX_BOUND && written.len() <= MAX_WRITTEN;
+        let fits = n_row <= MAX_PREFILL_ROWS && watched.len() <= MAX_BOUND && written.len() <= MAX_WRITTEN;
         if !fits {
             return Err(Error::Unsupported {
                 what: "a graph",
                 got: format!("{n_row} rows, {} bindings, {} writes", watched.len(), written.len()),
-                want: "16 rows, 4 bindings and 4 tensors of row numbers at most",
+                want: "8192 rows, 4 bindings and 4 tensors of row numbers at most",
             });
         }
         // Rows that nobody has looked at yet are dense.
-        let mut words = vec![u32::MAX; MAX_ROWS];
-        words.resize(MAX_ROWS + MAX_BOUND * MAX_ROWS + 1, 0);
+        let mut words = vec![u32::MAX; n_row];
+        words.resize(n_row + MAX_BOUND * n_row + 1, 0);
         let memory = Buffer::of(device, "the rows of a graph", &words)?;
         let n_sparse = Mapped::new(device, 1)?;
         // Until the device knows better.
         n_sparse.set(0, n_row as u32);
         let rows = memory.address();
-        let hidden = rows + 4 * MAX_ROWS as u64;
+        let hidden = rows + 4 * n_row as u64;
         let mut parameters = Parameters {
             rows,
             hidden,
-            done: hidden + 4 * (MAX_BOUND * MAX_ROWS) as u64,
+            done: hidden + 4 * (MAX_BOUND * n_row) as u64,
             n_row: n_row as u32,
             n_query: 1,
             k_share: 1,
@@ -273,7 +275,7 @@ impl RowMap {
         Ok(RowMap { device: device.clone(), parameters, n_part, memory, n_sparse })
     }
 
-    /// Device address of `[16]` i32: each row's binding, by its place in the list; -1: none.
+    /// Device address of `[n_row]` i32: each row's binding, by its place in the list; -1: none.
     pub fn rows(&self) -> u64 {
         self.memory.address()
     }
@@ -304,7 +306,8 @@ impl RowMap {
         if self.parameters.n_bound == 0 {
             return Ok(());
         }
-        let grid = [self.n_part, self.parameters.n_bound, 1];
+        let rows = self.n_row().div_ceil(EACH).max(1) as u32;
+        let grid = [self.n_part, self.parameters.n_bound, rows];
         // SAFETY: the kernel takes these parameters; the rest is the caller's contract.
         unsafe { self.device.start(self.device.rows_of, grid, [THREADS, 1], &self.parameters, false, stream.raw()) }
     }
@@ -389,7 +392,7 @@ mod tests {
         for (name, own) in [
             ("ROWS_THREADS", THREADS),
             ("ROWS_PART", PART),
-            ("MAX_ROWS", MAX_ROWS),
+            ("ROWS_EACH", EACH),
             ("MAX_WRITTEN", MAX_WRITTEN),
             ("ROWS_BYTES", size_of::<Parameters>()),
             ("GATHER_BYTES", size_of::<Gather>()),

@@ -9,17 +9,55 @@ use super::super::graph::unrotated;
 use super::super::runtime::{Loaded, Snapshot};
 use super::super::stats::Reason;
 use super::bindings::{device_rows, Gpu, Seen};
-use super::plan::{Plan, Share, Step, Tally};
+use super::plan::{Counted, Plan, Share, Step, Tally};
 use super::stock::Stock;
 use super::survey::{Site, Survey};
 use super::Ready;
 use crate::attention::cuda::{
-    self, Attention, Bound, Call, Error, Masks, RowMap, RowNumbers, Watched, Workspace, BOUND_MAX, MAX_ROWS,
+    self, Attention, Bound, Call, Error, Masks, Prefill, PrefillCall, RowMap, RowNumbers, Watched, Workspace,
+    BOUND_MAX, MAX_PREFILL_ROWS, MAX_ROWS,
 };
 use crate::attention::{Array, Element, Mode, Problem, Rotation, Selection, Spread};
 
 /// A plan, the reasons of nodes that stay dense, and the number of forced ones.
 type Made = (Plan, Vec<Reason>, u64);
+
+/// Rows of a prefill whose masks are looked at for a binding, evenly spread, the last one among them.
+const ROWS_SEEN: usize = 16;
+
+/// What computes an attention node.
+enum Launch {
+    Decode(Attention),
+    Prefill(Box<Prefill>),
+}
+
+impl Launch {
+    fn counted(&self, n_row: usize, n_head_kv: usize) -> Counted {
+        match self {
+            Launch::Decode(_) => Counted { groups: vec![n_row], n_head_kv, tiles: false },
+            Launch::Prefill(prefill) => Counted { groups: prefill.slots(), n_head_kv, tiles: true },
+        }
+    }
+
+    fn step(self, counts: u64) -> Step {
+        match self {
+            Launch::Decode(mut attention) => {
+                attention.count_at(counts);
+                Step::Attend(vec![attention])
+            }
+            Launch::Prefill(mut prefill) => {
+                prefill.count_at(counts);
+                Step::Prefill(prefill)
+            }
+        }
+    }
+}
+
+/// Is it more than decode, and in how large tiles? Rows are known to see their prefixes, since a map of rows has looked.
+fn prefill<'a>(call: &Call<'a>, tile: usize) -> Option<PrefillCall<'a>> {
+    let many = call.problem.n_row() > MAX_ROWS;
+    many.then_some(PrefillCall { call: *call, tile, portable: false, slots: 0 })
+}
 
 /// Shortest prefix that an index is used for.
 fn min_prefix(snapshot: &Snapshot, matcher: &Matcher) -> usize {
@@ -80,7 +118,8 @@ pub(super) fn refusal(site: &Site, snapshot: &Snapshot) -> Option<Reason> {
     if unrotated(p, snapshot) {
         return Some(Reason::Basis);
     }
-    if p.n_row() > MAX_ROWS {
+    // Tiles are off unless they are asked for (docs/quality.md).
+    if p.n_row() > MAX_ROWS && (snapshot.config.tile < 2 || p.n_row() > MAX_PREFILL_ROWS) {
         return Some(Reason::Prefill);
     }
     let rows = |m: &Array| m.ne[0] >= p.k.ne[1] && m.ne[1] >= p.q.ne[1] && m.ne[2] == 1 && m.nb[0] == 2;
@@ -139,7 +178,7 @@ impl Ready {
                 None => sites.push(site),
             }
         }
-        if dense.contains(&Reason::Prefill) {
+        if survey.sites.iter().any(|site| site.problem.n_row() > MAX_ROWS) {
             self.bindings.prefilled();
         }
         if let Some(first) = sites.first().copied() {
@@ -176,13 +215,12 @@ impl Ready {
         Plan { steps, _workspace: workspace, can_be_captured: survey.can_be_captured, ..Plan::default() }
     }
 
-    /// A workspace that suffices for these calls, shared by all plans that it is large enough for.
-    fn workspace(&mut self, calls: &[&Call<'_>]) -> Result<Arc<Workspace>, Error> {
-        let bytes = Workspace::bytes_for(&self.gpu, calls)?;
+    /// A workspace of so many bytes, shared by all plans that it is large enough for.
+    fn workspace(&mut self, bytes: usize) -> Result<Arc<Workspace>, Error> {
         match &self.workspace {
             Some(workspace) if workspace.bytes() >= bytes => Ok(workspace.clone()),
             _ => {
-                let made = Arc::new(Workspace::for_calls(&self.gpu, calls)?);
+                let made = Arc::new(Workspace::of_bytes(&self.gpu, bytes)?);
                 self.workspace = Some(made.clone());
                 Ok(made)
             }
@@ -207,8 +245,22 @@ impl Ready {
                 bounds: &[],
                 first_stream: 0,
             };
+            if let Some(many) = prefill(&call(site.problem), 1) {
+                let workspace = Prefill::bytes_for(&self.gpu, &many).and_then(|bytes| self.workspace(bytes));
+                let made = workspace.and_then(|workspace| Prefill::new(&self.gpu, &many, &workspace));
+                match made {
+                    Ok(made) => {
+                        own.push((site.node, Step::Prefill(Box::new(made))));
+                        continue;
+                    }
+                    // What the kernels for few rows take is more.
+                    Err(Error::Unsupported { .. }) => {}
+                    Err(error) => return Err(error),
+                }
+            }
             let calls: Vec<Call<'_>> = cut(&site.problem).into_iter().map(call).collect();
-            let made = self.workspace(&calls.iter().collect::<Vec<_>>()).and_then(|workspace| {
+            let bytes = Workspace::bytes_for(&self.gpu, &calls.iter().collect::<Vec<_>>());
+            let made = bytes.and_then(|bytes| self.workspace(bytes)).and_then(|workspace| {
                 calls.iter().map(|call| Attention::new(&self.gpu, call, &workspace)).collect::<Result<Vec<_>, _>>()
             });
             match made {
@@ -237,21 +289,22 @@ impl Ready {
         RowMap::new(&self.gpu, masks, &watched, choice.len(), written)
     }
 
-    /// What each query row sees, copied from its mask. Waits for the device.
+    /// What each query row sees (of a prefill some of them), copied from its mask. Waits for the device.
     fn seen(&self, site: &Site, mask: &Array) -> Result<Vec<Seen>, Error> {
         let p = &site.problem;
         let share = (p.q.ne[3] / p.k.ne[3].max(1)).max(1);
         let mut all = Vec::new();
         let mut row = vec![f16::ZERO; p.k.ne[1]];
-        for stream in 0..p.q.ne[3] {
-            for query in 0..p.q.ne[1] {
-                let at = mask.data as u64 + (query * mask.nb[1] + stream % mask.ne[3].max(1) * mask.nb[3]) as u64;
-                // SAFETY: a row of the graph's mask, n_kv elements inside its extents (checked by `refusal`).
-                unsafe { self.lanes.stream.read(at, &mut row)? };
-                let shown = row.iter().enumerate().filter(|(_, m)| m.to_bits() & 0x7fff == 0);
-                let cells = shown.map(|(cell, _)| cell as u32).collect();
-                all.push(Seen { stream: site.first_stream + stream / share, cells });
-            }
+        let (n_query, n_row) = (p.q.ne[1], p.n_row());
+        let n = if n_row > MAX_ROWS { ROWS_SEEN } else { n_row };
+        for number in (1..=n).map(|i| i * n_row / n - 1) {
+            let (stream, query) = (number / n_query, number % n_query);
+            let at = mask.data as u64 + (query * mask.nb[1] + stream % mask.ne[3].max(1) * mask.nb[3]) as u64;
+            // SAFETY: a row of the graph's mask, n_kv elements inside its extents (checked by `refusal`).
+            unsafe { self.lanes.stream.read(at, &mut row)? };
+            let shown = row.iter().enumerate().filter(|(_, m)| m.to_bits() & 0x7fff == 0);
+            let cells = shown.map(|(cell, _)| cell as u32).collect();
+            all.push(Seen { stream: site.first_stream + stream / share, cells });
         }
         Ok(all)
     }
@@ -358,25 +411,20 @@ impl Ready {
             let bindings = &self.bindings.all;
             let sees =
                 |row: &&Seen| choice.iter().any(|i| bindings[*i].stream == row.stream && row.all(&bindings[*i].cells));
-            map.expect(rows.iter().filter(sees).count());
+            map.expect(rows.iter().filter(sees).count() * p.n_row() / rows.len().max(1));
         }
-        let nodes = sites.iter().map(|s| (s.problem.n_row(), s.problem.k.ne[2])).collect();
-        let tally = Tally::new(&self.gpu, nodes, shares)?;
         let rows = map.rows();
-        let launches = self.launches(sites, &choice, own, rotation, rows)?;
-        let mut own_steps = Vec::new();
+        let launches = self.launches(sites, &choice, own, rotation, rows, snapshot.config.tile)?;
+        let mut made = Vec::new();
         let mut left = Vec::new();
-        for (i, (site, launch)) in sites.iter().zip(launches).enumerate() {
+        for (i, launch) in launches.into_iter().enumerate() {
             match launch {
-                Ok(mut attention) => {
-                    attention.count_at(tally.address(i));
-                    own_steps.push((site.node, Step::Attend(vec![attention])));
-                }
+                Ok(launch) => made.push(launch),
                 Err(_) => left.push(i),
             }
         }
         if !left.is_empty() {
-            // Counts have a place for each node: the kernels take all of them or, of another shape, none.
+            // Which bindings there may be depends on the nodes.
             dense.extend(left.iter().map(|_| Reason::Kernel));
             let taken: Vec<&Site> = (0..sites.len()).filter(|i| !left.contains(i)).map(|i| sites[i]).collect();
             *sites = taken;
@@ -385,6 +433,13 @@ impl Ready {
                 false => self.sparse(sites, survey, n_node, stock, snapshot, dense),
             };
         }
+        let counted = sites.iter().zip(&made).map(|(site, launch)| {
+            let p = &site.problem;
+            launch.counted(p.n_row(), p.k.ne[2])
+        });
+        let tally = Tally::new(&self.gpu, counted.collect(), p.n_row(), shares)?;
+        let steps = sites.iter().zip(made).enumerate();
+        let own_steps = steps.map(|(i, (site, launch))| (site.node, launch.step(tally.address(i)))).collect();
         let plan = self.plan_of(survey, own_steps, n_node);
         Ok(Some(Plan { map: Some(map), tally: Some(tally), ..plan }))
     }
@@ -419,7 +474,8 @@ impl Ready {
         selection: Selection,
         rotation: Rotation,
         rows: u64,
-    ) -> Result<Vec<Result<Attention, Error>>, Error> {
+        tile: usize,
+    ) -> Result<Vec<Result<Launch, Error>>, Error> {
         let all = std::mem::take(&mut self.bindings.all);
         let bounds: Vec<&Bound> = choice.iter().map(|i| &all[*i].watched.bound).collect();
         let call = |site: &&Site| Call {
@@ -434,10 +490,17 @@ impl Ready {
             first_stream: site.first_stream as u32,
         };
         let calls: Vec<Call<'_>> = sites.iter().map(call).collect();
-        let taken: Vec<&Call<'_>> = calls.iter().filter(|c| Workspace::bytes_for(&self.gpu, &[*c]).is_ok()).collect();
-        let made = self
-            .workspace(&taken)
-            .map(|workspace| calls.iter().map(|call| Attention::new(&self.gpu, call, &workspace)).collect());
+        let bytes = calls.iter().filter_map(|call| match prefill(call, tile) {
+            Some(many) => Prefill::bytes_for(&self.gpu, &many).ok(),
+            None => Workspace::bytes_for(&self.gpu, &[call]).ok(),
+        });
+        let bytes = bytes.max().unwrap_or(0);
+        let gpu = self.gpu.clone();
+        let launch = |call: &Call<'_>, workspace: &Workspace| match prefill(call, tile) {
+            Some(many) => Ok(Launch::Prefill(Box::new(Prefill::new(&gpu, &many, workspace)?))),
+            None => Attention::new(&gpu, call, workspace).map(Launch::Decode),
+        };
+        let made = self.workspace(bytes).map(|workspace| calls.iter().map(|call| launch(call, &workspace)).collect());
         self.bindings.all = all;
         made
     }

@@ -22,7 +22,7 @@ use super::layers::Layers;
 use super::runtime::{count, Snapshot};
 use super::stats::{log, Reason};
 use super::tensor::Tensor;
-use crate::attention::cuda::{Buffer, Device, Error, Workspace, MAX_ROWS};
+use crate::attention::cuda::{Buffer, Device, Error, Workspace, MAX_PREFILL_ROWS};
 
 /// Planned graphs that are kept.
 const GRAPHS_MAX: usize = 8;
@@ -149,7 +149,7 @@ impl Ready {
             snapshot: snapshot.clone(),
             graphs: Vec::new(),
             workspace: None,
-            dense_rows: Buffer::of(&gpu, "the rows of a graph", &[-1i32; MAX_ROWS])?,
+            dense_rows: Buffer::of(&gpu, "the rows of a graph", &[-1i32; MAX_PREFILL_ROWS])?,
             said: None,
             gpu,
         })

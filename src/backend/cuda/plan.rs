@@ -7,7 +7,9 @@ use ggml_sys as sys;
 
 use super::super::stats::{log, Reason, Stats};
 use super::stock::{Mark, Stock};
-use crate::attention::cuda::{Attention, Buffer, Device, Error, Event, Executable, Mapped, RowMap, Stream, Workspace};
+use crate::attention::cuda::{
+    Attention, Buffer, Device, Error, Event, Executable, Mapped, Prefill, RowMap, Stream, Workspace,
+};
 
 /// A part of a graph, in its order.
 pub enum Step {
@@ -15,6 +17,8 @@ pub enum Step {
     Stock(Range<usize>),
     /// An attention node on our kernels: launches for up to 16 rows each.
     Attend(Vec<Attention>),
+    /// One of many rows.
+    Prefill(Box<Prefill>),
     /// Zeros in place of attention: what it would cost if it were free (bench).
     Zero { at: u64, bytes: usize },
 }
@@ -27,12 +31,24 @@ pub struct Share {
     pub n_key: usize,
 }
 
+/// An attention node as it is counted: groups of rows that select for themselves or, in a prefill, of tiles.
+pub struct Counted {
+    pub groups: Vec<usize>,
+    pub n_head_kv: usize,
+    pub tiles: bool,
+}
+
+impl Counted {
+    fn entries(&self) -> usize {
+        self.groups.iter().sum::<usize>() * self.n_head_kv
+    }
+}
+
 /// What select leaves of each attention node, brought to the host after the graph.
 pub struct Tally {
     device: Buffer,
     host: Mapped,
-    /// Query rows and KV heads of each node.
-    nodes: Vec<(usize, usize)>,
+    nodes: Vec<Counted>,
     shares: Vec<Share>,
     n_row: usize,
     done: Event,
@@ -40,16 +56,16 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// For nodes of so many rows and KV heads.
+    /// For nodes of `n_row` query rows.
     ///
     /// # Errors
     /// Memory is short.
-    pub fn new(device: &Arc<Device>, nodes: Vec<(usize, usize)>, shares: Vec<Share>) -> Result<Tally, Error> {
-        let words: usize = nodes.iter().map(|(rows, heads)| rows * heads * Attention::WORK_WORDS).sum();
+    pub fn new(device: &Arc<Device>, nodes: Vec<Counted>, n_row: usize, shares: Vec<Share>) -> Result<Tally, Error> {
+        let words: usize = nodes.iter().map(|node| node.entries() * Attention::WORK_WORDS).sum();
         Ok(Tally {
             device: Buffer::new(device, "the counts of a graph", 4 * words)?,
             host: Mapped::new(device, words)?,
-            n_row: nodes.iter().map(|n| n.0).max().unwrap_or(0),
+            n_row,
             nodes,
             shares,
             done: Event::new(device)?,
@@ -59,7 +75,7 @@ impl Tally {
 
     /// Where node `i` leaves its counts.
     pub fn address(&self, i: usize) -> u64 {
-        let before: usize = self.nodes[..i].iter().map(|(rows, heads)| rows * heads * Attention::WORK_WORDS).sum();
+        let before: usize = self.nodes[..i].iter().map(|node| node.entries() * Attention::WORK_WORDS).sum();
         self.device.address() + 4 * before as u64
     }
 
@@ -71,16 +87,25 @@ impl Tally {
         self.pending = false;
         let before = log_graph.then(|| stats.clone());
         let mut at = 0;
-        for &(n_row, n_head_kv) in &self.nodes {
+        for node in &self.nodes {
             let (mut rows, mut sum, mut n) = (0, 0.0, 0);
-            // Pairs are ordered by KV head, then by row.
-            for pair in 0..n_row * n_head_kv {
-                let (bound, n_key) = Attention::counts(&std::array::from_fn(|i| self.host.get(at + i)));
+            // Pairs are ordered by KV head, then by row or tile.
+            let pairs = node.groups.iter().flat_map(|n| (0..n * node.n_head_kv).map(move |pair| pair < *n));
+            for is_first_head in pairs {
+                let words = std::array::from_fn(|i| self.host.get(at + i));
+                let (bound, n_key, own_rows) = match node.tiles {
+                    true => Prefill::counts(&words),
+                    false => {
+                        let (bound, n_key) = Attention::counts(&words);
+                        (bound, n_key, 1)
+                    }
+                };
                 at += Attention::WORK_WORDS;
                 let Some(share) = bound.and_then(|b| self.shares.get(b)) else { continue };
-                rows += u64::from(pair < n_row);
-                sum += (share.n_sink + n_key) as f64 / share.n_key.max(1) as f64;
-                n += 1;
+                let own_rows = own_rows as u64;
+                rows += if is_first_head { own_rows } else { 0 };
+                sum += own_rows as f64 * (share.n_sink + n_key) as f64 / share.n_key.max(1) as f64;
+                n += own_rows;
             }
             match rows {
                 0 => stats.dense(Reason::Unbound),
@@ -238,6 +263,12 @@ impl Plan {
                         // SAFETY: tensors of the graph at hand; the workspace is used by one call after the other.
                         unsafe { attention.launch_after_others(lanes.stream.raw())? };
                     }
+                    lanes.lead(stock)?;
+                }
+                Step::Prefill(prefill) => {
+                    lanes.follow(stock)?;
+                    // SAFETY: as above.
+                    unsafe { prefill.launch(lanes.stream.raw())? };
                     lanes.lead(stock)?;
                 }
                 Step::Zero { at, bytes } => {

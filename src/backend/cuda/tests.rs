@@ -11,8 +11,9 @@ use super::super::stats::Reason;
 use super::super::tensor::Tensor;
 use super::make::{cut, make_room, refusal};
 use super::survey::Survey;
-use crate::attention::cuda::{RowNumbers, BOUND_MAX, MAX_ROWS};
+use crate::attention::cuda::{RowNumbers, BOUND_MAX, MAX_PREFILL_ROWS, MAX_ROWS};
 use crate::attention::{Array, Element, Mode, Problem, Selection, Spread};
+use crate::config::Config;
 
 fn snapshot() -> Snapshot {
     let selection =
@@ -92,6 +93,12 @@ fn nodes_that_the_kernels_or_the_index_do_not_cover_are_refused_with_the_reason(
     assert_eq!(of(&Graph::new(1, sys::GGML_OP_SET_ROWS, true)), None);
     assert_eq!(of(&Graph::new(MAX_ROWS as i64, sys::GGML_OP_SET_ROWS, true)), None);
     assert_eq!(of(&Graph::new(MAX_ROWS as i64 + 1, sys::GGML_OP_SET_ROWS, true)), Some(Reason::Prefill));
+    // Tiles are asked for: then a prefill is ours, up to so many rows.
+    let config = Config { tile: 64, ..snapshot().config };
+    let with_tiles = Snapshot { config, ..snapshot() };
+    let many = |n: usize| refusal(&Graph::new(n as i64, sys::GGML_OP_SET_ROWS, true).survey().sites[0], &with_tiles);
+    assert_eq!((many(512), many(MAX_PREFILL_ROWS)), (None, None));
+    assert_eq!(many(MAX_PREFILL_ROWS + 1), Some(Reason::Prefill));
     let changed = |change: fn(&mut Graph)| {
         let mut graph = Graph::new(1, sys::GGML_OP_SET_ROWS, true);
         change(&mut graph);

@@ -1,0 +1,387 @@
+// Lookup of a prefill: scores of a panel's columns with every cluster, twice, since there is no room for them. The first pass
+// leaves the max and sum of each column's softmax, with the exact scores of the sinks, the second one sums probabilities over
+// the columns: one number per panel and cluster, from which select makes the tile's mean.
+#include "prefill_mma.cuh"
+
+namespace squeeze {
+namespace {
+
+enum class Pass { SUMS, SQUARES, MASS };
+
+// In the place of -inf: differences stay numbers.
+constexpr float LOWEST = -1e30f;
+// Largest number of F16 that the reciprocal of a query's largest number may become.
+constexpr float INVERSE_MAX = 60000;
+constexpr float HALF_MAX = 65504;
+
+template <class Path, int D, bool DIAG>
+struct Layout {
+    static constexpr int STAGES = DIAG ? 2 : 3;
+    static constexpr int QUERIES = PREFILL_COLUMNS * D * 2, KEYS = PREFILL_KEYS * D * 2, BYTES = DIAG ? PREFILL_KEYS * D : 0;
+    static constexpr int STAGE = KEYS + BYTES;
+    // Variances as F16; sizes and spreads of two steps; sums of two steps by warp, of squares and plain.
+    static constexpr int VARIANCES = QUERIES + STAGES * STAGE, COUNTS = VARIANCES + (DIAG ? KEYS : 0);
+    static constexpr int SUMS = COUNTS + 2 * 2 * PREFILL_KEYS * 4, WARPS = Path::THREADS / 32;
+};
+
+// Four bytes as F16. The bits of 1024 + n are 0x6400 + n.
+__device__ __forceinline__ uint2 widen(uint32_t bytes) {
+    const half2 bias = __floats2half2_rn(1024.0f, 1024.0f);
+    uint32_t l = __byte_perm(bytes, 0x64646464u, 0x4140), h = __byte_perm(bytes, 0x64646464u, 0x4342);
+    const half2 a = __hsub2(*reinterpret_cast<half2 *>(&l), bias), b = __hsub2(*reinterpret_cast<half2 *>(&h), bias);
+    return {*reinterpret_cast<const uint32_t *>(&a), *reinterpret_cast<const uint32_t *>(&b)};
+}
+
+// Sums of 16 numbers over the 8 threads that share c; a thread ends with those of keys 8 t + 2c and the next, t being the bits
+// of its r in falling order.
+__device__ __forceinline__ float2 sum_columns(float (&v)[8][2]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 4; n > 0; n /= 2) {
+        const bool high = (lane / 4 & n) != 0;
+#pragma unroll
+        for (int t = 0; t < n; ++t)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const float other = __shfl_xor_sync(ALL, high ? v[t][e] : v[t + n][e], 4 * n);
+                v[t][e] = (high ? v[t + n][e] : v[t][e]) + other;
+            }
+    }
+    return {v[0][0], v[0][1]};
+}
+
+}  // namespace
+
+// Grid: (chunks * parts, own_slots, n_head_kv).
+template <class Path, int D, bool DIAG, Pass PASS>
+__device__ void lookup_panel(const Prefill &p) {
+    using Own = Layout<Path, D, DIAG>;
+    // Sums of one step, in floats.
+    constexpr int STEP_SUMS = Own::WARPS * PREFILL_KEYS * (PASS == Pass::MASS ? 2 : 1);
+    constexpr int MT = Path::MT, THREADS = Path::THREADS, CHUNKS = D / 8, ROWS = THREADS / CHUNKS;
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const Call &call = p.call;
+    const uint32_t chunk = blockIdx.x % p.chunks, part = blockIdx.x / p.chunks, head_kv = blockIdx.z;
+    const QueryTile tile = p.tiles[p.first_slot + blockIdx.y];
+    if (tile.bound < 0 || part >= parts_of(p, tile)) return;
+    const Bound &bound = call.bound[tile.bound];
+    const Layer &layer = bound.layer;
+    const uint64_t pair = static_cast<uint64_t>(head_kv) * p.own_slots + blockIdx.y, panel = pair * p.parts + part;
+    const uint32_t columns = min(tile.n_row * call.group - part * PREFILL_COLUMNS, PREFILL_COLUMNS);
+    const uint32_t sink_steps = steps_of(layer.n_sink), n_step = sink_steps + steps_of(layer.n_cluster);
+    const uint32_t begin = static_cast<uint64_t>(n_step) * chunk / p.chunks;
+    const uint32_t from = PASS == Pass::SQUARES ? max(begin, sink_steps) : begin, to = static_cast<uint64_t>(n_step) * (chunk + 1) / p.chunks;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+    unsigned char *base = memory + (Path::ALIGNMENT - shared_address(memory) % Path::ALIGNMENT) % Path::ALIGNMENT;
+    const uint32_t q = shared_address(base), stages = q + Own::QUERIES, variances = q + Own::VARIANCES;
+    float *counts = reinterpret_cast<float *>(base + Own::COUNTS), *sums = reinterpret_cast<float *>(base + Own::SUMS);
+
+    const char *keys = keys_of(call, bound.stream, head_kv);
+    const uint64_t first_cluster = static_cast<uint64_t>(head_kv) * layer.n_cluster;
+    auto fetch = [&](uint32_t step, uint32_t stage) {
+        if (step < to) {
+            const int chunk16 = threadIdx.x % CHUNKS;
+            const uint32_t at = stages + stage * Own::STAGE;
+#pragma unroll
+            for (int i = 0; i < PREFILL_KEYS / ROWS; ++i) {
+                const int row = threadIdx.x / CHUNKS + i * ROWS;
+                const char *src;
+                bool there;
+                if (step < sink_steps) {
+                    const uint32_t sink = step * PREFILL_KEYS + row;
+                    there = sink < layer.n_sink;
+                    src = keys + min(bound.always[there ? sink : 0], call.n_kv - 1) * call.k.nb1;
+                } else {
+                    const uint32_t cluster = (step - sink_steps) * PREFILL_KEYS + row;
+                    there = cluster < layer.n_cluster;
+                    src = reinterpret_cast<const char *>(layer.centroids + (first_cluster + (there ? cluster : 0)) * D);
+                }
+                copy_chunk(chunk_at<PREFILL_KEYS>(at, row, chunk16), src + 16 * chunk16, there);
+            }
+            if constexpr (DIAG) {
+#pragma unroll
+                for (int i = 0; i < PREFILL_KEYS * D / 16 / THREADS; ++i) {
+                    const int unit = threadIdx.x + i * THREADS, row = unit / (D / 16);
+                    const uint32_t cluster = (step - sink_steps) * PREFILL_KEYS + row;
+                    const bool there = step >= sink_steps && cluster < layer.n_cluster;
+                    copy_chunk(at + Own::KEYS + 16 * unit, layer.variances + (first_cluster + (there ? cluster : 0)) * D + 16 * (unit % (D / 16)), there);
+                }
+            }
+        }
+        commit_copies();
+    };
+    // Size and spread of a step's clusters, a thread each.
+    float count = 0, width = 0;
+    auto fetch_counts = [&](uint32_t step) {
+        if (threadIdx.x >= PREFILL_KEYS || step >= to) return;
+        count = width = 0;
+        if (step < sink_steps) {
+            count = step * PREFILL_KEYS + threadIdx.x < layer.n_sink;
+            return;
+        }
+        const uint32_t cluster = (step - sink_steps) * PREFILL_KEYS + threadIdx.x;
+        if (cluster >= layer.n_cluster) return;
+        const uint32_t *offsets = offsets_of(layer, head_kv) + cluster;
+        count = static_cast<float>(offsets[1] - offsets[0]);
+        if (DIAG) width = layer.variance_scales[first_cluster + cluster];
+        else if (call.spread == SPREAD_RADIUS) width = layer.radii[first_cluster + cluster];
+    };
+#pragma unroll
+    for (int s = 0; s < Own::STAGES - 1; ++s) fetch(from + s, s);
+    fetch_counts(from);
+
+    // Of each column: the largest number or the sum of squares, for the spread.
+    load_queries<Path, D>(p, head_kv, tile, part, base, [&](int column, int own_lane, float4 &own) {
+        constexpr int LANES = D / 4;
+        // One row's numbers must not spoil the tile's means.
+        auto finite = [](float x) { return fminf(fmaxf(x, -HALF_MAX), HALF_MAX); };
+        own = {finite(own.x), finite(own.y), finite(own.z), finite(own.w)};
+        float size = DIAG ? fmaxf(fmaxf(fabsf(own.x), fabsf(own.y)), fmaxf(fabsf(own.z), fabsf(own.w)))
+                          : own.x * own.x + own.y * own.y + own.z * own.z + own.w * own.w;
+#pragma unroll
+        for (int d = LANES / 2; d > 0; d /= 2) {
+            const float other = __shfl_xor_sync(ALL, size, d);
+            size = DIAG ? fmaxf(size, other) : size + other;
+        }
+        if (own_lane == 0) sums[column] = size;
+    });
+    __syncthreads();
+    const float undo = call.softcap == 0 ? 1.0f : call.softcap, plain = undo * LOG2E, bonus = call.alpha * plain;
+    const bool spreads = DIAG || call.spread == SPREAD_RADIUS;
+    float factor[MT][2], m[MT][2], l[MT][2];
+    half2 inverse[MT][2];
+    // p = exp2(y - norm); squares are exp2(2 y - 2 norm + shift).
+    float norm[MT][2];
+    const bool squared = tile.n_row > 1;
+#pragma unroll
+    for (int i = 0; i < MT; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const uint32_t column = Path::first_row() + 16 * i + r + 8 * h;
+            const float size = sums[column];
+            if (DIAG) {
+                const half inv = __float2half(size > 0 ? fminf(1 / size, INVERSE_MAX) : 0);
+                const float back = __half2float(inv);
+                inverse[i][h] = __half2half2(inv);
+                factor[i][h] = back > 0 ? 1 / (back * back) : 0;
+            } else {
+                factor[i][h] = bonus * sqrtf(size);
+            }
+            m[i][h] = LOWEST, l[i][h] = 0, norm[i][h] = INFINITY;
+            if (PASS != Pass::SUMS && column < columns) {
+                const float2 *partial = p.partial + panel * p.chunks * PREFILL_COLUMNS + column;
+                float top = LOWEST, sum = 0;
+                for (uint32_t j = 0; j < p.chunks; ++j) top = fmaxf(top, partial[j * PREFILL_COLUMNS].x);
+                for (uint32_t j = 0; j < p.chunks; ++j) {
+                    const float2 own = partial[j * PREFILL_COLUMNS];
+                    sum += own.y * exp2_fast(own.x - top);
+                }
+                if (sum > 0) norm[i][h] = top + log2f(sum);
+            }
+        }
+    typename Path::template Queries<D, DIAG> own_queries;
+    typename Path::template Squares<D> own_squares;
+    own_queries.load(q, Path::first_row());
+    if (DIAG) own_squares.load(q, Path::first_row(), inverse);
+    float sink_mass = 0;
+    const bool works = Path::works(columns);
+    // What a step has left per warp becomes one number per cluster.
+    auto add_up = [&](uint32_t step) {
+        if (threadIdx.x >= PREFILL_KEYS || step < sink_steps) return;
+        const uint32_t cluster = (step - sink_steps) * PREFILL_KEYS + threadIdx.x;
+        if (cluster >= layer.n_cluster) return;
+        const float *own = sums + step % 2 * STEP_SUMS + threadIdx.x;
+        float sum = 0, mass = 0;
+#pragma unroll
+        for (int w = 0; w < Own::WARPS; ++w) {
+            sum += own[w * PREFILL_KEYS];
+            if (PASS == Pass::MASS) mass += own[(Own::WARPS + w) * PREFILL_KEYS];
+        }
+        call.y[panel * call.n_cluster + cluster] = sum;
+        if (PASS == Pass::MASS) call.x[panel * call.n_cluster + cluster] = mass;
+    };
+    for (uint32_t step = from; step < to; ++step) {
+        const uint32_t number = step - from, stage = number % Own::STAGES;
+        if (threadIdx.x < PREFILL_KEYS) {
+            float *own = counts + step % 2 * (2 * PREFILL_KEYS) + threadIdx.x;
+            own[0] = count, own[PREFILL_KEYS] = width;
+        }
+        await_copies<Own::STAGES - 2>();
+        Path::publish();
+        __syncthreads();
+        fetch(step + Own::STAGES - 1, (number + Own::STAGES - 1) % Own::STAGES);
+        fetch_counts(step + 1);
+        if (PASS != Pass::SUMS && step > from) add_up(step - 1);
+        if constexpr (DIAG) {
+            const uint32_t at = stage * Own::STAGE + Own::QUERIES + Own::KEYS;
+#pragma unroll
+            for (int i = 0; i < PREFILL_KEYS * D / 16 / THREADS; ++i) {
+                const int unit = threadIdx.x + i * THREADS, row = unit / (D / 16), two = unit % (D / 16) * 2;
+                const uint4 bytes = *reinterpret_cast<const uint4 *>(base + at + 16 * unit);
+                const uint2 w[4] = {widen(bytes.x), widen(bytes.y), widen(bytes.z), widen(bytes.w)};
+                unsigned char *to16 = base + Own::VARIANCES;
+                *reinterpret_cast<uint4 *>(to16 + chunk_at<PREFILL_KEYS>(0, row, two)) = {w[0].x, w[0].y, w[1].x, w[1].y};
+                *reinterpret_cast<uint4 *>(to16 + chunk_at<PREFILL_KEYS>(0, row, two + 1)) = {w[2].x, w[2].y, w[3].x, w[3].y};
+            }
+            Path::publish();
+            __syncthreads();
+        }
+        if (!works) {
+            if (PASS != Pass::SUMS && step >= sink_steps) {
+#pragma unroll
+                for (int pass = 0; pass < (PASS == Pass::MASS ? 2 : 1); ++pass) {
+                    float *own = sums + step % 2 * STEP_SUMS + (pass * Own::WARPS + warp) * PREFILL_KEYS;
+                    own[lane] = own[lane + 32] = 0;
+                }
+            }
+            continue;
+        }
+        const bool sinks = step < sink_steps, partly = sinks || (step + 1 == n_step);
+        const float *own_counts = counts + step % 2 * (2 * PREFILL_KEYS), *widths = own_counts + PREFILL_KEYS;
+        float s[MT][8][4];
+        Path::template scores<D>(s, own_queries, stages + stage * Own::STAGE);
+        if constexpr (DIAG) {
+            float wide[MT][8][4];
+            Path::template scores<D>(wide, own_squares, variances);
+#pragma unroll
+            for (int t = 0; t < 8; ++t)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const float own = widths[8 * t + 2 * c + e];
+#pragma unroll
+                    for (int i = 0; i < MT; ++i)
+#pragma unroll
+                        for (int h = 0; h < 2; ++h)
+                            s[i][t][2 * h + e] = s[i][t][2 * h + e] * plain + bonus * sqrtf(wide[i][t][2 * h + e] * own * factor[i][h]);
+                }
+        } else if (spreads) {
+#pragma unroll
+            for (int t = 0; t < 8; ++t)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const float own = widths[8 * t + 2 * c + e];
+#pragma unroll
+                    for (int i = 0; i < MT; ++i)
+#pragma unroll
+                        for (int h = 0; h < 2; ++h) s[i][t][2 * h + e] = s[i][t][2 * h + e] * plain + factor[i][h] * own;
+                }
+        } else {
+#pragma unroll
+            for (int i = 0; i < MT; ++i)
+#pragma unroll
+                for (int t = 0; t < 8; ++t)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) s[i][t][e] *= plain;
+        }
+        if (partly) {
+            // Centroids are finite, keys in the cache need not be.
+#pragma unroll
+            for (int t = 0; t < 8; ++t)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const bool there = own_counts[8 * t + 2 * c + e % 2] > 0;
+#pragma unroll
+                    for (int i = 0; i < MT; ++i) s[i][t][e] = there && fabsf(s[i][t][e]) < -LOWEST ? s[i][t][e] : LOWEST;
+                }
+        }
+        if constexpr (PASS == Pass::SUMS) {
+#pragma unroll
+            for (int i = 0; i < MT; ++i)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    float top = m[i][h], sum = 0;
+#pragma unroll
+                    for (int t = 0; t < 8; ++t) top = fmaxf(top, fmaxf(s[i][t][2 * h], s[i][t][2 * h + 1]));
+#pragma unroll
+                    for (int t = 0; t < 8; ++t) {
+                        const float2 n = *reinterpret_cast<const float2 *>(own_counts + 8 * t + 2 * c);
+                        sum += n.x * exp2_fast(s[i][t][2 * h] - top);
+                        sum += n.y * exp2_fast(s[i][t][2 * h + 1] - top);
+                    }
+                    l[i][h] = l[i][h] * exp2_fast(m[i][h] - top) + sum;
+                    m[i][h] = top;
+                }
+        } else if (sinks) {
+#pragma unroll
+            for (int i = 0; i < MT; ++i)
+#pragma unroll
+                for (int t = 0; t < 8; ++t)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) sink_mass += exp2_fast(s[i][t][e] - norm[i][e / 2]);
+        } else {
+#pragma unroll
+            for (int pass = 0; pass < (PASS == Pass::MASS ? 2 : 1); ++pass) {
+                const bool twice = pass == 0 && squared;
+                const float times = twice ? 2.0f : 1.0f;
+                float v[8][2];
+#pragma unroll
+                for (int t = 0; t < 8; ++t) v[t][0] = v[t][1] = 0;
+#pragma unroll
+                for (int i = 0; i < MT; ++i)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const float less = twice ? 2 * norm[i][h] - SQUARE_SHIFT : norm[i][h];
+#pragma unroll
+                        for (int t = 0; t < 8; ++t)
+#pragma unroll
+                            for (int e = 0; e < 2; ++e) v[t][e] += exp2_fast(fmaf(times, s[i][t][2 * h + e], -less));
+                    }
+                const float2 all = sum_columns(v);
+                float *own = sums + step % 2 * STEP_SUMS + (pass * Own::WARPS + warp) * PREFILL_KEYS;
+                *reinterpret_cast<float2 *>(own + 8 * r + 2 * c) = all;
+            }
+        }
+    }
+    if constexpr (PASS == Pass::SUMS) {
+#pragma unroll
+        for (int i = 0; i < MT; ++i)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float top = fmaxf(m[i][h], __shfl_xor_sync(ALL, m[i][h], 1));
+                top = fmaxf(top, __shfl_xor_sync(ALL, top, 2));
+                float sum = l[i][h] * exp2_fast(m[i][h] - top);
+                sum += __shfl_xor_sync(ALL, sum, 1);
+                sum += __shfl_xor_sync(ALL, sum, 2);
+                const int column = Path::first_row() + 16 * i + r + 8 * h;
+                if (c == 0) p.partial[(panel * p.chunks + chunk) * PREFILL_COLUMNS + column] = {top, sum};
+            }
+    } else {
+        __syncthreads();
+        if (to > from) add_up(to - 1);
+        if (PASS == Pass::MASS) {
+#pragma unroll
+            for (int d = 16; d > 0; d /= 2) sink_mass += __shfl_xor_sync(ALL, sink_mass, d);
+            __syncthreads();
+            if (lane == 0) sums[warp] = sink_mass;
+            __syncthreads();
+            if (threadIdx.x == 0) {
+                float all = 0;
+                for (int w = 0; w < Own::WARPS; ++w) all += sums[w];
+                p.sink_mass[panel * p.chunks + chunk] = all;
+            }
+        }
+    }
+}
+
+#define LOOKUP(PATH, NAME, D, DIAG, BLOCKS, KIND, PASS)                                              \
+    extern "C" __global__ void __launch_bounds__(PATH::THREADS, BLOCKS) prefill_lookup_##NAME##_##KIND( \
+        const __grid_constant__ Prefill p) {                                                         \
+        lookup_panel<PATH, D, DIAG, PASS>(p);                                                        \
+    }
+#define LOOKUPS(PATH, NAME, D, DIAG, BLOCKS)                     \
+    LOOKUP(PATH, NAME, D, DIAG, BLOCKS, sums, Pass::SUMS)        \
+    LOOKUP(PATH, NAME, D, DIAG, BLOCKS, squares, Pass::SQUARES) \
+    LOOKUP(PATH, NAME, D, DIAG, BLOCKS, mass, Pass::MASS)
+
+LOOKUPS(Portable, 64, 64, false, 2)
+LOOKUPS(Portable, 64_diag, 64, true, 2)
+LOOKUPS(Portable, 128, 128, false, 2)
+LOOKUPS(Portable, 128_diag, 128, true, 2)
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+LOOKUPS(Hopper, 64_hopper, 64, false, 2)
+LOOKUPS(Hopper, 64_diag_hopper, 64, true, 1)
+LOOKUPS(Hopper, 128_hopper, 128, false, 2)
+LOOKUPS(Hopper, 128_diag_hopper, 128, true, 1)
+#endif
+
+}  // namespace squeeze
