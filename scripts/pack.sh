@@ -35,5 +35,6 @@ cp "$target/release/libggml_squeeze.so" "$tmp/bin/libggml-squeeze.so"
 for file in $(built test cuda kmeans_cuda); do name=$(basename "$file"); cp "$file" "$tmp/bin/test-${name%-*}"; done
 for file in $(built bench cuda kmeans_cuda); do name=$(basename "$file"); cp "$file" "$tmp/bin/bench-${name%-*}"; done
 find "$tmp/bin" -type f -exec strip --strip-unneeded {} +
-tar c -C "$tmp" bin | xz -T0 -6 > "$out/ggml-squeeze.tar.xz"
+# One dictionary over all: the kernels are in most of the programs.
+tar c -C "$tmp" bin | xz --lzma2=preset=6,dict=256MiB > "$out/ggml-squeeze.tar.xz"
 ls -l "$out/ggml-squeeze.tar.xz"
