@@ -95,19 +95,26 @@ __device__ __forceinline__ void copy_rows(char *to, uint32_t stage, const char *
         const char *from = rows + max(own, 0) * nb1 + Row::UNIT * c;
         char *at = to + (r + 8 * h) * stage + Row::UNIT * c;
         constexpr int N = (Row::N_UNIT + 3) / 4;
-        auto has = [&](int u) { return 4 * u + 3 < Row::N_UNIT || 4 * u + c < Row::N_UNIT; };
         if constexpr (Row::UNIT >= 4) {
 #pragma unroll
             for (int u = 0; u < N; ++u)
-                if (has(u)) copy<Row::UNIT, Row::BYTES % 128 == 0>(at + 4 * Row::UNIT * u, from + 4 * Row::UNIT * u, own >= 0);
+                if (4 * u + 3 < Row::N_UNIT || 4 * u + c < Row::N_UNIT)
+                    copy<Row::UNIT, Row::BYTES % 128 == 0>(at + 4 * Row::UNIT * u, from + 4 * Row::UNIT * u, own >= 0);
         } else {
             // Too little for a copy that nobody waits for.
-            uint16_t part[N];
+            constexpr int EACH = 4;
+#pragma unroll 1
+            for (int u = 0; u < N; u += EACH) {
+                uint16_t part[EACH];
 #pragma unroll
-            for (int u = 0; u < N; ++u) part[u] = has(u) && own >= 0 ? __ldg(reinterpret_cast<const uint16_t *>(from + 8 * u)) : 0;
+                for (int i = 0; i < EACH; ++i) {
+                    part[i] = 0;
+                    if (4 * (u + i) + c < Row::N_UNIT && own >= 0) part[i] = __ldg(reinterpret_cast<const uint16_t *>(from + 8 * (u + i)));
+                }
 #pragma unroll
-            for (int u = 0; u < N; ++u)
-                if (has(u)) *reinterpret_cast<uint16_t *>(at + 8 * u) = part[u];
+                for (int i = 0; i < EACH; ++i)
+                    if (4 * (u + i) + c < Row::N_UNIT) *reinterpret_cast<uint16_t *>(at + 8 * (u + i)) = part[i];
+            }
         }
     }
 }
