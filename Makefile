@@ -10,7 +10,7 @@ ifneq ($(and $(if $(CUDA_HOME),,unset),$(wildcard $(CUDA_DIR)/bin/nvcc)),)
 export CUDA_HOME := $(CUDA_DIR)
 endif
 
-.PHONY: build plugin release install package test demo lint deny setup llama models bindings clean
+.PHONY: build plugin release install package test demo lint deny fuzz sanitize soak setup llama models bindings clean
 
 build: plugin
 
@@ -36,7 +36,7 @@ package: release
 test: export CUDA_HOME := $(or $(CUDA_HOME),$(CUDA_DIR))
 test: setup
 	scripts/cuda.sh > /dev/null
-	$(MAKE) lint
+	$(MAKE) lint deny
 	scripts/llama.sh
 	scripts/bindings.sh --check
 	scripts/models.sh "$${SQZ_MODELS:-$(TARGET)/models}" smollm2
@@ -47,6 +47,8 @@ test: setup
 	cargo test --release --workspace
 	scripts/c-tests.sh
 	scripts/conformance.sh
+	$(MAKE) soak SOAK="--requests 40 --alone 6"
+	$(MAKE) fuzz FUZZ=15
 
 demo: setup plugin
 	scripts/llama.sh
@@ -59,8 +61,20 @@ lint:
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --release --no-deps --workspace
 
 deny:
-	cargo deny --version > /dev/null || { echo "install it with: cargo install --locked cargo-deny" >&2; exit 1; }
-	cargo deny check
+	scripts/deny.sh
+
+# So many seconds for each target.
+FUZZ ?= 1200
+fuzz:
+	scripts/fuzz.sh $(FUZZ)
+
+# Under AddressSanitizer, ThreadSanitizer, Miri and valgrind: docs/reliability.md.
+sanitize:
+	scripts/sanitize.sh address thread miri valgrind
+
+SOAK ?=
+soak:
+	scripts/soak.py $(SOAK)
 
 setup:
 	scripts/setup.sh

@@ -130,6 +130,10 @@ enum sqz_status {
    */
   SQZ_ERROR_UNSUPPORTED = 27014,
   /*
+   The system has no memory for it.
+   */
+  SQZ_ERROR_MEMORY = 27015,
+  /*
    A fault of this library; nothing was changed.
    */
   SQZ_ERROR_INTERNAL = 27099,
@@ -250,7 +254,7 @@ struct sqz_builder_params {
    */
   int64_t n_coarse;
   /*
-   Worker threads; 0: one per core. The index does not depend on them.
+   Worker threads; 0: one per core; at most 1024. The index does not depend on them.
    */
   uint32_t n_threads;
   /*
@@ -437,7 +441,7 @@ struct sqz_attention {
   uint32_t layer;
   const struct sqz_index *index;
   /*
-   0: one per core.
+   0: one per core; at most 1024.
    */
   uint32_t n_threads;
   uint32_t reserved;
@@ -495,8 +499,8 @@ enum sqz_status sqz_set_log(sqz_log_callback callback, void *user_data);
 enum sqz_status sqz_register(void);
 
 /*
- Opens an index file (`sqz build`): maps it and checks all of it. `*out` is null after an error. Free it with
- sqz_index_free. The file must not be changed in place meanwhile; replacing it by another is fine.
+ Opens an index file (`sqz build`): reads it and checks all of it. `*out` is null after an error. Free it with
+ sqz_index_free. Afterwards the file is not looked at again: it may be changed, cut or removed.
 
  Pointers:
  `path` is null or a terminated string; `out` is null or writable.

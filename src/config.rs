@@ -1,5 +1,7 @@
 //! Settings of the plugin, from the environment (`GGML_SQUEEZE_*`) or from a host in the same process.
 
+#![forbid(unsafe_code)]
+
 use std::path::PathBuf;
 
 use crate::attention::Spread;

@@ -1,5 +1,7 @@
 //! Products with the orthonormal Hadamard matrix in Sylvester's order, the basis of llama.cpp's quantised caches.
 
+#![forbid(unsafe_code)]
+
 /// Multiplies each run of `block` elements by the matrix, in place: `2^(-n/2) (-1)^popcount(i & j)` at `(i, j)` for a
 /// block of `2^n`. Applied twice it gives back what was there, but for rounding. A block of 0 leaves all as it is; so does
 /// one that is no power of two. Elements beyond the last whole block stay as they are.

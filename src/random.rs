@@ -1,5 +1,7 @@
 //! The one source of pseudo-random numbers: the same everywhere, so that builds and samples are reproducible.
 
+#![forbid(unsafe_code)]
+
 /// SplitMix64 (Steele, Lea and Flood 2014). Our own, because an index must not change with a crate's version. Advances `state` and returns the next 64 bits.
 pub fn split_mix(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);

@@ -307,7 +307,8 @@ fn main() {
                 let k_block = (1 << (shape.dim.trailing_zeros())).max(64);
                 let (k_stored, v_stored) = (stored(&k, shape.dim, name, k_block), stored(&v, shape.dim, name, 64));
                 let n_layer = layers_of(&k_stored, &v_stored) as u32;
-                backend::set_indexes(vec![Arc::new(index(shape, &k, &v, n_layer))]);
+                backend::set_indexes(vec![Arc::new(index(shape, &k, &v, n_layer))])
+                    .expect("the machine has the memory");
                 for &n_query in &args.queries {
                     let graph = Graph::new(stock, shape, name, n_query, &k_stored, &v_stored, n);
                     let mut times = vec![Vec::new(); ways.len()];

@@ -225,7 +225,7 @@ fn cause() -> String {
 ///
 /// # Errors
 /// There is none of them.
-fn backends() -> Result<PathBuf> {
+pub fn backends() -> Result<PathBuf> {
     let given = std::env::var_os("SQZ_BACKENDS").filter(|folder| !folder.is_empty()).map(PathBuf::from);
     let installed = || {
         let program = std::env::current_exe().ok()?;

@@ -1,5 +1,7 @@
 //! `sqz`: builds, inspects, runs and measures ggml-squeeze indexes. Data on stdout, messages on stderr.
 
+#![forbid(unsafe_code)]
+
 use std::ffi::OsString;
 use std::process::ExitCode;
 

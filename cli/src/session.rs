@@ -117,7 +117,7 @@ impl<'m> Session<'m> {
         if let Err(error) = backend::register(config) {
             anyhow::bail!("the plugin cannot be used with this llama.cpp: {error}");
         }
-        backend::set_indexes(vec![Arc::new(index)]);
+        backend::set_indexes(vec![Arc::new(index)])?;
         let mut context = Context::new(model, args, tokens.len() + slack, None)?;
         if let Some(state) = state {
             let restored = context.load_state(state).with_context(|| {

@@ -62,7 +62,7 @@ fn true_prefixes_bind_and_others_never() {
     drop(stock);
     backend::register(Config { min_prefix: Some(0), ..Config::default() }).unwrap();
     let foreign = Index::from_bytes(to_bytes(&sample_parts(1, 200, 2, 3, 64, 64, 4)).unwrap()).unwrap();
-    backend::set_indexes(vec![Arc::new(foreign)]);
+    backend::set_indexes(vec![Arc::new(foreign)]).unwrap();
     let mut context = Context::new(&model, &args(512), n + 64, None).unwrap();
     assert_eq!(logits(&mut context, &tokens), expected, "an index of something else changed a result");
     assert_eq!(backend::stats().nodes_sparse, 0);
@@ -70,7 +70,7 @@ fn true_prefixes_bind_and_others_never() {
     drop(context);
 
     // batch shapes, the last one with a last ubatch of less than 64
-    backend::set_indexes(vec![index.clone()]);
+    backend::set_indexes(vec![index.clone()]).unwrap();
     let short_end = (n - 20) as u32;
     for ubatch_size in [64, 300, 512, short_end] {
         let mut context = Context::new(&model, &args(ubatch_size), n + 64, None).unwrap();

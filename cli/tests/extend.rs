@@ -57,7 +57,7 @@ fn a_grown_text_is_indexed_from_its_beginning_on() {
 
     start(false).unwrap();
     backend::register(Config { min_prefix: Some(0), ..Config::default() }).unwrap();
-    backend::set_indexes(vec![new.clone()]);
+    backend::set_indexes(vec![new.clone()]).unwrap();
     let loaded = Model::load(&model()).unwrap();
     let mut context = Context::new(&loaded, &args(&model(), 512), n + 64, None).unwrap();
     context.prefill(&new.meta().tokens, |_| {}).unwrap();

@@ -1,14 +1,19 @@
 //! Which cells of a cache hold an index's prefix: matches the sketch of every prefix token against raw cache rows. Reads rows
 //! through `CacheRows` only; knows nothing of graphs.
 
+#![forbid(unsafe_code)]
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use half::f16;
 
 use super::rows::{is_quantised, CacheRows, Part, Row, Rows};
+use super::stats::log;
 use crate::attention::{Element, Rotation};
 use crate::hadamard::rotate;
-use crate::index::{peak_run, Index, PEAK_RUN};
+use crate::index::{peak_run, reserved, Index, IndexError, PEAK_RUN};
 
 /// Largest relative distance of the probed rows of a later layer, where batch shapes alone give up to 0.015 and a Q8_0 cache
 /// up to 0.05.
@@ -22,6 +27,9 @@ pub const PEAK_TOLERANCE: f32 = 0.0075;
 const NOISE_ALLOWANCE: f32 = 5.0;
 /// Start cells tried for a contiguous placement.
 const MAX_STARTS: usize = 32;
+/// Rows compared in one search of scattered cells, seconds' worth. A prefix whose tokens can be told apart needs few; without a
+/// bound a hostile index could hold a host for cells times tokens.
+const MAX_COMPARED: usize = if cfg!(test) { 1 << 14 } else { 1 << 28 };
 
 /// An index made ready for matching.
 pub struct Matcher {
@@ -33,6 +41,8 @@ pub struct Matcher {
     v_peak_limit: Vec<f32>,
     by_element: Order,
     by_peak: Order,
+    /// A search compared too much: there are no more.
+    costly: AtomicBool,
 }
 
 /// Tokens in the order of one number of their sketch.
@@ -44,10 +54,13 @@ struct Order {
 
 impl Order {
     /// By the first of the `n` numbers that each token has.
-    fn new(numbers: &[f16], n: usize, limits: &[f32]) -> Order {
-        let mut tokens: Vec<u32> = (0..limits.len() as u32).collect();
-        tokens.sort_by(|&a, &b| numbers[a as usize * n].total_cmp(&numbers[b as usize * n]));
-        Order { tokens, reach: limits.iter().fold(0f32, |m, &x| m.max(x)).sqrt() }
+    fn new(numbers: &[f16], n: usize, limits: &[f32]) -> Result<Order, IndexError> {
+        let mut tokens = reserved(limits.len())?;
+        tokens.extend(0..limits.len() as u32);
+        tokens.sort_unstable_by(|&a, &b| {
+            numbers[a as usize * n].total_cmp(&numbers[b as usize * n]).then_with(|| a.cmp(&b))
+        });
+        Ok(Order { tokens, reach: limits.iter().fold(0f32, |m, &x| m.max(x)).sqrt() })
     }
 
     /// Tokens within reach of `value`.
@@ -58,11 +71,13 @@ impl Order {
 }
 
 /// Squared distances allowed to rows of `n` numbers.
-fn limits(rows: &[f16], n: usize, n_token: usize, tolerance: f32) -> Vec<f32> {
-    let norms: Vec<f32> = rows.chunks_exact(n).map(|row| row.iter().map(|x| x.to_f32() * x.to_f32()).sum()).collect();
-    let mean = norms.iter().sum::<f32>() / n_token.max(1) as f32;
+fn limits(rows: &[f16], n: usize, n_token: usize, tolerance: f32) -> Result<Vec<f32>, IndexError> {
+    let mut limits = reserved(n_token)?;
+    limits.extend(rows.chunks_exact(n).map(|row| row.iter().map(|x| x.to_f32() * x.to_f32()).sum::<f32>()));
+    let mean = limits.iter().sum::<f32>() / n_token.max(1) as f32;
     // a row of tiny norm is measured against the usual row: half-precision rounding does not shrink with it
-    norms.iter().map(|&norm| norm.max(mean / 16.0) * tolerance * tolerance).collect()
+    limits.iter_mut().for_each(|x| *x = x.max(mean / 16.0) * tolerance * tolerance);
+    Ok(limits)
 }
 
 /// Squared distance of a row's elements `dims` to those of a sketch, less what the rounding of the row may give. `block`: the
@@ -126,15 +141,18 @@ impl Half<'_> {
 }
 
 impl Matcher {
-    pub fn new(index: Arc<Index>) -> Matcher {
+    /// # Errors
+    /// `Memory`: 24 bytes a token are not to be had.
+    pub fn new(index: Arc<Index>) -> Result<Matcher, IndexError> {
         let sketch = index.sketch();
         let n = index.meta().n_prefix();
         let of = |rows: &[f16], tolerance| limits(rows, (rows.len() / n.max(1)).max(1), n, tolerance);
-        let (k_limit, v_limit) = (of(sketch.k, sketch.tolerance), of(sketch.v, sketch.tolerance));
-        let (k_peak_limit, v_peak_limit) = (of(sketch.k_peaks, PEAK_TOLERANCE), of(sketch.v_peaks, PEAK_TOLERANCE));
-        let by_element = Order::new(sketch.k, sketch.k_dims.len(), &k_limit);
-        let by_peak = Order::new(sketch.k_peaks, sketch.k_peaks.len() / n.max(1), &k_peak_limit);
-        Matcher { index, k_limit, v_limit, k_peak_limit, v_peak_limit, by_element, by_peak }
+        let (k_limit, v_limit) = (of(sketch.k, sketch.tolerance)?, of(sketch.v, sketch.tolerance)?);
+        let (k_peak_limit, v_peak_limit) = (of(sketch.k_peaks, PEAK_TOLERANCE)?, of(sketch.v_peaks, PEAK_TOLERANCE)?);
+        let by_element = Order::new(sketch.k, sketch.k_dims.len(), &k_limit)?;
+        let by_peak = Order::new(sketch.k_peaks, sketch.k_peaks.len() / n.max(1), &k_peak_limit)?;
+        let costly = AtomicBool::new(false);
+        Ok(Matcher { index, k_limit, v_limit, k_peak_limit, v_peak_limit, by_element, by_peak, costly })
     }
 
     fn k_half(&self, token: usize) -> Half<'_> {
@@ -202,7 +220,7 @@ impl Matcher {
     /// Cell of every prefix token among `visible` (ascending), or `None`. `usable` excludes cells (being rewritten).
     pub fn find(&self, rows: &CacheRows, visible: &[u32], usable: &dyn Fn(u32) -> bool) -> Option<Vec<u32>> {
         let n = self.index.meta().n_prefix();
-        if visible.len() < n || !self.fits(rows) {
+        if visible.len() < n || !self.fits(rows) || self.costly.load(Ordering::Relaxed) {
             return None;
         }
         let contiguous = |start: u32| {
@@ -227,8 +245,22 @@ impl Matcher {
         let mut cells = vec![u32::MAX; n];
         let mut missing = n;
         let mut next = 0;
+        let compared = Cell::new(0usize);
         for &cell in visible.iter().filter(|&&c| usable(c)) {
-            let free = |t: usize| cells.get(t) == Some(&u32::MAX) && self.matches(t, rows, cell as usize);
+            if compared.get() > MAX_COMPARED {
+                self.costly.store(true, Ordering::Relaxed);
+                let name = self.index.path().map_or("an index".to_string(), |path| path.display().to_string());
+                log(format_args!(
+                    "{name} is used no more: its tokens are too much alike to be found among cells in reasonable time; \
+                     attention stays dense"
+                ));
+                return None;
+            }
+            let free = |t: usize| {
+                let open = cells.get(t) == Some(&u32::MAX);
+                compared.set(compared.get() + usize::from(open));
+                open && self.matches(t, rows, cell as usize)
+            };
             // a prefix lies in a few long runs: its cells were taken in order
             let found = if free(next) { Some(next) } else { self.near(rows, cell as usize).find(|&t| free(t)) };
             if let Some(t) = found {

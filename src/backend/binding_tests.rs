@@ -41,6 +41,11 @@ impl Prefix {
         let rng = &mut StdRng::seed_from_u64(seed);
         let mut rows = || -> Vec<Vec<f32>> { (0..n).map(|_| gaussian(HEADS * dim, rng)).collect() };
         let (k, v) = (rows(), rows());
+        Prefix::of(seed, dim, k, v)
+    }
+
+    fn of(seed: u64, dim: usize, k: Vec<Vec<f32>>, v: Vec<Vec<f32>>) -> Prefix {
+        let n = k.len();
         let half = |rows: &[Vec<f32>]| rows.concat().into_iter().map(f16::from_f32).collect();
         let capture = LayerCapture {
             layer: 0,
@@ -58,7 +63,7 @@ impl Prefix {
         // The same rows stand for a later layer.
         parts.probes = vec![probe(&LayerCapture { layer: 1, ..capture }, &[20, 40, 70])];
         let index = Index::from_bytes(to_bytes(&parts).unwrap()).unwrap();
-        Prefix { k, v, matcher: Matcher::new(Arc::new(index)) }
+        Prefix { k, v, matcher: Matcher::new(Arc::new(index)).unwrap() }
     }
 
     fn row_bytes(&self, row: &[f32], element: Element, k: bool) -> Vec<u8> {
@@ -301,4 +306,23 @@ fn always_cells_are_the_sinks_and_every_cell_that_is_not_clustered() {
     // tokens 0..6 in these cells: 2 sinks, 3 clustered, 1 window; 9 cells in all
     let cells = [4, 7, 0, 2, 8, 5];
     assert_eq!(always_cells(&cells, 2, 1, 9), [4, 7, 1, 3, 5, 6]);
+}
+
+#[test]
+fn a_prefix_whose_tokens_are_all_alike_is_given_up_not_searched_for_ever() {
+    let rng = &mut StdRng::seed_from_u64(5);
+    let (k, v) = (gaussian(HEADS * 64, rng), gaussian(HEADS * 64, rng));
+    let p = Prefix::of(5, 64, vec![k.clone(); N_PREFIX], vec![v.clone(); N_PREFIX]);
+    // Rows near to every token in K, and to none in V.
+    let types = [Element::F16, Element::F16];
+    let mut cache = Cache::new(&p, types, &[], rng);
+    let other = gaussian(v.len(), rng);
+    (0..N_CELL - 1).for_each(|cell| cache.put(&p, &k, &other, cell));
+    cache.put(&p, &k, &v, N_CELL - 1);
+    assert_eq!(p.matcher.find(&cache.rows(), &all_cells(), &|_| true), None);
+    assert!(p.matcher.costly.load(Ordering::Relaxed));
+    // Nor is it found where it is in order: it is not looked for any more.
+    let cells: Vec<u32> = (0..N_PREFIX as u32).collect();
+    let in_order = Cache::new(&p, types, &cells, rng);
+    assert_eq!(p.matcher.find(&in_order.rows(), &all_cells(), &|_| true), None);
 }

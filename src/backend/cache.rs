@@ -1,6 +1,8 @@
 //! What one backend instance knows of its KV cache: which index is bound to which cells, and when that ends. A binding is
 //! trusted for a graph only after its cells were checked against what the graph will write and what the cache holds now.
 
+#![forbid(unsafe_code)]
+
 use std::fmt;
 use std::sync::Arc;
 

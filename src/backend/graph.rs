@@ -463,3 +463,6 @@ impl Instance {
 #[cfg(test)]
 #[path = "graph_tests.rs"]
 mod tests;
+#[cfg(test)]
+#[path = "graph_threads_tests.rs"]
+mod threads_tests;

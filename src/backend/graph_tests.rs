@@ -7,7 +7,7 @@ use super::super::binding::tests::{Cache, Prefix, N_CELL, N_PREFIX};
 use super::*;
 use crate::attention::{Element, Mode, Selection, Spread};
 
-fn type_of(element: Element) -> sys::ggml_type {
+pub fn type_of(element: Element) -> sys::ggml_type {
     match element {
         Element::F32 => sys::GGML_TYPE_F32,
         Element::F16 => sys::GGML_TYPE_F16,
@@ -18,7 +18,13 @@ fn type_of(element: Element) -> sys::ggml_type {
 }
 
 /// A tensor of `[ne0, ne1]` over `data`.
-fn tensor(name: &str, kind: sys::ggml_type, ne: [usize; 2], nb: [usize; 2], data: *mut u8) -> Box<sys::ggml_tensor> {
+pub fn tensor(
+    name: &str,
+    kind: sys::ggml_type,
+    ne: [usize; 2],
+    nb: [usize; 2],
+    data: *mut u8,
+) -> Box<sys::ggml_tensor> {
     // SAFETY: plain numbers and pointers, for all of which zero is a value.
     let mut t: Box<sys::ggml_tensor> = Box::new(unsafe { std::mem::zeroed() });
     t.type_ = kind;

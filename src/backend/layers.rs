@@ -1,5 +1,7 @@
 //! Cache tensors of the layers that graphs have shown.
 
+#![forbid(unsafe_code)]
+
 use std::collections::HashMap;
 
 use super::rows::CacheRows;

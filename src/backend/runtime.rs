@@ -2,6 +2,8 @@
 //! process, and one for each context that a host makes through the C ABI. Functions here mean the scope that the calling
 //! thread is in: while a graph is computed, that of its backend.
 
+#![forbid(unsafe_code)]
+
 use std::cell::RefCell;
 use std::cmp::Reverse;
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
@@ -148,8 +150,9 @@ fn matchers(snapshot: &Snapshot) -> Vec<Arc<Matcher>> {
 pub fn start(config: Config) {
     let mut found = Vec::new();
     for path in &config.index_paths {
-        match if config.synthetic { Index::open_any(path) } else { Index::open(path) } {
-            Ok(index) => found.push(Arc::new(Matcher::new(Arc::new(index)))),
+        let opened = if config.synthetic { Index::open_any(path) } else { Index::open(path) };
+        match opened.and_then(|index| Matcher::new(Arc::new(index))) {
+            Ok(matcher) => found.push(Arc::new(matcher)),
             Err(error @ IndexError::Io { .. }) => log(format_args!("{error}; attention stays dense")),
             Err(error) => log(format_args!("{}: {error}; attention stays dense", path.display())),
         }
@@ -167,14 +170,21 @@ pub fn configure(change: impl FnOnce(&mut Config)) {
 }
 
 /// Replaces the indexes in force.
-pub fn set_indexes(indexes: Vec<Arc<Index>>) {
-    let made = indexes.into_iter().map(|index| Arc::new(Matcher::new(index))).collect();
+///
+/// # Errors
+/// `Memory`; then nothing is changed.
+pub fn set_indexes(indexes: Vec<Arc<Index>>) -> Result<(), IndexError> {
+    let made = indexes.into_iter().map(|index| Matcher::new(index).map(Arc::new)).collect::<Result<_, _>>()?;
     update(|old| (old.config.clone(), made, true));
+    Ok(())
 }
 
 /// Adds an index to those in force; false if it is one of them.
-pub fn attach(index: &Arc<Index>) -> bool {
-    let matcher = Arc::new(Matcher::new(index.clone()));
+///
+/// # Errors
+/// `Memory`; then nothing is changed.
+pub fn attach(index: &Arc<Index>) -> Result<bool, IndexError> {
+    let matcher = Arc::new(Matcher::new(index.clone())?);
     let mut added = false;
     update(|old| {
         let mut all = matchers(old);
@@ -184,7 +194,7 @@ pub fn attach(index: &Arc<Index>) -> bool {
         }
         (old.config.clone(), all, added)
     });
-    added
+    Ok(added)
 }
 
 /// Takes an index out of those in force; false if it is none of them. A graph that is being computed ends with it.

@@ -1,10 +1,14 @@
 //! Counters of what the plugin did, and its log lines.
 
+#![forbid(unsafe_code)]
+
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString};
 use std::fmt;
 use std::io::Write;
 use std::sync::RwLock;
+
+use crate::text::one_line;
 
 /// Why an attention node stayed dense.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -139,12 +143,12 @@ pub fn set_log(sink: Option<LogSink>) {
 
 /// One line for people, on stderr (or where the host wants it) in one piece: the host's own threads write there too.
 pub(crate) fn log(text: impl fmt::Display) {
+    // names in it may come from files
+    let line = one_line(&format!("squeeze: {text}"));
     if let Some(sink) = &*SINK.read().unwrap_or_else(|e| e.into_inner()) {
-        let line = CString::new(format!("squeeze: {text}").replace('\0', " ")).unwrap_or_default();
-        sink(&line);
+        sink(&CString::new(line).unwrap_or_default());
         return;
     }
-    let line = format!("squeeze: {text}\n");
     // nobody is left to tell when stderr is gone
-    let _ = std::io::stderr().write_all(line.as_bytes());
+    let _ = std::io::stderr().write_all((line + "\n").as_bytes());
 }

@@ -1,6 +1,8 @@
 //! The status file: totals as one line of JSON, for whoever started the host (`sqz run`). Written from the computing thread,
 //! so it takes no thread and no signal of the host's; an idle host leaves the file as its last graph did.
 
+#![forbid(unsafe_code)]
+
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::Path;

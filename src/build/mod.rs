@@ -7,10 +7,12 @@
 
 mod assemble;
 mod calibrate;
+#[allow(unsafe_code)]
 pub mod cuda;
 mod error;
 mod extend;
 mod kmeans;
+#[allow(unsafe_code)]
 mod matmul;
 #[doc(hidden)]
 pub mod sample;

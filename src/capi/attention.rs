@@ -8,6 +8,7 @@ use super::index::{sqz_index, OpenIndex};
 use super::plain::{self, Plain};
 use super::status::sqz_status::*;
 use super::status::{fail, guard, sqz_status, Failure, Outcome};
+use crate::attention::cpu::Unsupported;
 use crate::attention::{Array, Element, Problem};
 use crate::backend::{element_of, AttendError};
 
@@ -32,6 +33,9 @@ pub struct sqz_array {
     pub kind: u32,
     pub reserved: u32,
 }
+
+/// Most threads that a call may ask for.
+pub(super) const MAX_THREADS: u32 = 1024;
 
 /// One attention call: dst = softmax(scale q k^T + mask) v, with the arrays and numbers of ggml_flash_attn_ext.
 #[repr(C)]
@@ -59,7 +63,7 @@ pub struct sqz_attention {
     /// The index's layer. Without an index (null) the call is dense.
     pub layer: u32,
     pub index: *const sqz_index,
-    /// 0: one per core.
+    /// 0: one per core; at most 1024.
     pub n_threads: u32,
     pub reserved: u32,
 }
@@ -121,6 +125,9 @@ pub unsafe extern "C" fn sqz_attention_compute(
         };
         let n_threads = match call.n_threads {
             0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
+            n if n > MAX_THREADS => {
+                return fail(SQZ_ERROR_ARGUMENT, format!("n_threads is {n}: at most {MAX_THREADS} are started"));
+            }
             n => n as usize,
         };
         let index = open.as_ref().map(|open| (&open.index, call.layer));
@@ -143,6 +150,7 @@ pub unsafe extern "C" fn sqz_attention_compute(
 impl From<AttendError> for Failure {
     fn from(error: AttendError) -> Failure {
         let status = match &error {
+            AttendError::Unsupported(Unsupported::Memory { .. }) => SQZ_ERROR_MEMORY,
             AttendError::Unsupported(_) => SQZ_ERROR_UNSUPPORTED,
             AttendError::Threads { .. } => SQZ_ERROR_ARGUMENT,
             AttendError::Panic => SQZ_ERROR_INTERNAL,
@@ -164,6 +172,9 @@ fn array(a: &sqz_array, element: Element, what: &str) -> Outcome<Array> {
     let bad = |why: &str| fail(SQZ_ERROR_ARGUMENT, format!("{what} {why}: ne {:?}, nb {:?}", a.ne, a.nb));
     if a.ne.iter().any(|n| *n < 1) {
         return bad("has a dimension without elements");
+    }
+    if a.ne.iter().zip(a.nb).skip(1).any(|(n, nb)| *n > 1 && nb == 0) {
+        return bad("has a step of 0 bytes");
     }
     let ne = a.ne.map(|n| n as usize);
     if ne[0] % element.block() != 0 {

@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard};
 use ggml_sys as sys;
 use half::f16;
 
+use super::attention::MAX_THREADS;
 use super::handle;
 use super::index::{sqz_index, OpenIndex};
 use super::plain::{self, Plain};
@@ -15,7 +16,7 @@ use super::status::{fail, guard, sqz_status, Failure, Outcome};
 use crate::attention::Element;
 use crate::backend::Capture;
 use crate::build::{self, Assembly, LayerCapture, Settings};
-use crate::index::{to_bytes, BuildSettings, Index, IndexMeta, ModelFile, ModelId, Rope};
+use crate::index::{reserved, to_bytes, BuildSettings, Index, IndexMeta, ModelFile, ModelId, Rope};
 
 /// An index in the making (opaque). Calls with one builder wait for each other.
 #[allow(non_camel_case_types)]
@@ -39,7 +40,7 @@ pub struct sqz_builder_params {
     pub seed: u64,
     /// Coarse clusters per KV head; 0: none; -1: as many as suit the prefix.
     pub n_coarse: i64,
-    /// Worker threads; 0: one per core. The index does not depend on them.
+    /// Worker threads; 0: one per core; at most 1024. The index does not depend on them.
     pub n_threads: u32,
     /// Number of the model's layers; 0: as its file says, or else as there are layers.
     pub n_layer: u32,
@@ -141,6 +142,10 @@ fn settings(p: &sqz_builder_params) -> Outcome<Settings> {
             Err(_) => return fail(SQZ_ERROR_ARGUMENT, format!("n_coarse is {n}: give a number of clusters, 0 or -1")),
         },
     };
+    if p.n_threads > MAX_THREADS {
+        let text = format!("n_threads is {}: at most {MAX_THREADS} are started", p.n_threads);
+        return fail(SQZ_ERROR_ARGUMENT, text);
+    }
     let defaults = Settings::default();
     Ok(Settings {
         n_sink: p.n_sink,
@@ -244,6 +249,12 @@ pub unsafe extern "C" fn sqz_builder_add_layer(builder: *mut sqz_builder, layer:
     })
 }
 
+fn owned<T: Copy>(data: &[T]) -> Outcome<Vec<T>> {
+    let mut list = reserved(data.len())?;
+    list.extend_from_slice(data);
+    Ok(list)
+}
+
 /// # Safety
 /// The buffers have the elements that the layer says.
 unsafe fn copy(l: &sqz_layer, n_prefix: usize, n_window: usize) -> Outcome<LayerCapture> {
@@ -261,9 +272,9 @@ unsafe fn copy(l: &sqz_layer, n_prefix: usize, n_window: usize) -> Outcome<Layer
             head_dim_k: l.head_dim_k,
             head_dim_v: l.head_dim_v,
             scale: l.scale,
-            k: plain::slice(l.k.cast::<f16>(), count([n_prefix, n_head_kv, dk, 1])?, "k")?.to_vec(),
-            v: plain::slice(l.v.cast::<f16>(), count([n_prefix, n_head_kv, dv, 1])?, "v")?.to_vec(),
-            q: plain::slice(l.q, count([n_window, n_head_kv, l.n_group as usize, dk])?, "q")?.to_vec(),
+            k: owned(plain::slice(l.k.cast::<f16>(), count([n_prefix, n_head_kv, dk, 1])?, "k")?)?,
+            v: owned(plain::slice(l.v.cast::<f16>(), count([n_prefix, n_head_kv, dv, 1])?, "v")?)?,
+            q: owned(plain::slice(l.q, count([n_window, n_head_kv, l.n_group as usize, dk])?, "q")?)?,
         })
     }
 }

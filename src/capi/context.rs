@@ -240,7 +240,7 @@ pub unsafe extern "C" fn sqz_configure(context: *const sqz_context, config: *con
 pub extern "C" fn sqz_attach(context: *const sqz_context, index: *const sqz_index) -> sqz_status {
     guard(|| {
         let open = handle::get::<OpenIndex, _>(index)?;
-        within(context, || match backend::attach(&open.index) {
+        within(context, || match backend::attach(&open.index)? {
             true => Ok(()),
             false => fail(SQZ_ERROR_ATTACHED, "this index is attached there already"),
         })

@@ -1,6 +1,8 @@
 //! Handles: what C holds is a number in the shape of a pointer, never followed and never given twice. So a handle that was
 //! freed, or is of another type, or is no handle at all, is told from a live one.
 
+#![forbid(unsafe_code)]
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
@@ -71,12 +73,12 @@ pub(super) fn get<T: Object, C>(handle: *const C) -> Outcome<Arc<T>> {
     if handle.is_null() {
         return fail(SQZ_ERROR_NULL, format!("the {} is null", T::NAME));
     }
-    match table().live.get(&handle.addr()).and_then(T::unwrap) {
-        Some(object) => Ok(object.clone()),
-        None => {
-            fail(SQZ_ERROR_HANDLE, format!("{handle:p} is not a live {}: it was freed, or is something else", T::NAME))
-        }
-    }
+    let found = table().live.get(&handle.addr()).and_then(T::unwrap).cloned();
+    found.map_or_else(|| not_live::<T, C>(handle), Ok)
+}
+
+fn not_live<T: Object, C>(handle: *const C) -> Outcome<Arc<T>> {
+    fail(SQZ_ERROR_HANDLE, format!("{handle:p} is not a live {}: it was freed, or is something else", T::NAME))
 }
 
 /// Ends a handle; null is none. Whoever uses the object at this moment keeps it until done.
@@ -84,9 +86,18 @@ pub(super) fn free<T: Object, C>(handle: *mut C) -> Outcome {
     if handle.is_null() {
         return Ok(());
     }
-    get::<T, C>(handle)?;
-    // Taken out first, dropped when the table is free again: a drop may take long.
-    let object = table().live.remove(&handle.addr());
-    drop(object);
-    Ok(())
+    // Found and taken out in one step: of two threads that free it one is told so. Dropped when the table is free again, for a drop
+    // may take long.
+    let object = {
+        let mut table = table();
+        let is_one = table.live.get(&handle.addr()).is_some_and(|any| T::unwrap(any).is_some());
+        is_one.then(|| table.live.remove(&handle.addr())).flatten()
+    };
+    match object {
+        Some(object) => {
+            drop(object);
+            Ok(())
+        }
+        None => not_live::<T, C>(handle).map(drop),
+    }
 }

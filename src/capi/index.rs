@@ -95,8 +95,8 @@ unsafe impl Plain for sqz_layer_info {
     const LEAST: usize = size_of::<sqz_layer_info>();
 }
 
-/// Opens an index file (`sqz build`): maps it and checks all of it. `*out` is null after an error. Free it with
-/// sqz_index_free. The file must not be changed in place meanwhile; replacing it by another is fine.
+/// Opens an index file (`sqz build`): reads it and checks all of it. `*out` is null after an error. Free it with
+/// sqz_index_free. Afterwards the file is not looked at again: it may be changed, cut or removed.
 ///
 /// # Safety
 /// `path` is null or a terminated string; `out` is null or writable.
@@ -133,7 +133,7 @@ pub unsafe extern "C" fn sqz_index_from_memory(
         // SAFETY: by contract.
         let (out, bytes) =
             unsafe { (plain::place(out, "the index")?, plain::slice(data.cast::<u8>(), n_bytes, "the data")?) };
-        *out = handle::put(OpenIndex::new(Index::from_bytes(bytes.to_vec())?));
+        *out = handle::put(OpenIndex::new(Index::from_slice(bytes)?));
         Ok(())
     })
 }

@@ -43,6 +43,8 @@ pub enum sqz_status {
     SQZ_ERROR_HOST = 27013,
     /// A call that the kernels do not take.
     SQZ_ERROR_UNSUPPORTED = 27014,
+    /// The system has no memory for it.
+    SQZ_ERROR_MEMORY = 27015,
     /// A fault of this library; nothing was changed.
     SQZ_ERROR_INTERNAL = 27099,
 }
@@ -64,7 +66,11 @@ pub(super) fn fail<T>(status: sqz_status, text: impl Into<String>) -> Outcome<T>
 
 impl From<IndexError> for Failure {
     fn from(error: IndexError) -> Failure {
-        let status = if matches!(error, IndexError::Io { .. }) { SQZ_ERROR_IO } else { SQZ_ERROR_INDEX };
+        let status = match error {
+            IndexError::Io { .. } => SQZ_ERROR_IO,
+            IndexError::Memory { .. } => SQZ_ERROR_MEMORY,
+            _ => SQZ_ERROR_INDEX,
+        };
         Failure { status, text: error.to_string() }
     }
 }
@@ -120,7 +126,7 @@ fn why(panic: &(dyn Any + Send)) -> String {
 /// Text of a status, never null, static. Thread-safe.
 #[no_mangle]
 pub extern "C" fn sqz_status_str(status: i32) -> *const c_char {
-    const TEXTS: [(sqz_status, &CStr); 16] = [
+    const TEXTS: [(sqz_status, &CStr); 17] = [
         (SQZ_OK, c"no error"),
         (SQZ_ERROR_NULL, c"a pointer is null"),
         (SQZ_ERROR_HANDLE, c"not a live handle of this type"),
@@ -136,6 +142,7 @@ pub extern "C" fn sqz_status_str(status: i32) -> *const c_char {
         (SQZ_ERROR_NOT_ATTACHED, c"the index is not attached"),
         (SQZ_ERROR_HOST, c"no ggml that this library is made for"),
         (SQZ_ERROR_UNSUPPORTED, c"a call that the kernels do not take"),
+        (SQZ_ERROR_MEMORY, c"the system has no memory for it"),
         (SQZ_ERROR_INTERNAL, c"a fault of ggml-squeeze"),
     ];
     TEXTS.iter().find(|(s, _)| *s as i32 == status).map_or(c"unknown status", |(_, text)| text).as_ptr()

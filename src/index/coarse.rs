@@ -3,7 +3,9 @@
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+use super::error::reserved;
 use super::types::LayerView;
+use super::IndexError;
 
 impl LayerView<'_> {
     /// Centroids of the coarse clusters, `[n_head_kv][Cc][head_dim_k]`: means of the centroids of their fine clusters, weighted by
@@ -15,15 +17,31 @@ impl LayerView<'_> {
         (0..self.shape.n_head_kv as usize).flat_map(|head| self.head_coarse_means(head)).collect()
     }
 
+    /// The same, where there may be no memory for them.
+    pub(super) fn try_coarse_means(&self) -> Result<Vec<f16>, IndexError> {
+        let [dim, coarse, heads] =
+            [self.shape.head_dim_k, self.shape.n_coarse, self.shape.n_head_kv].map(|n| n as usize);
+        let mut means = reserved(heads * coarse * dim)?;
+        means.resize(heads * coarse * dim, f16::ZERO);
+        if coarse > 0 {
+            let of_heads = means.chunks_exact_mut(coarse * dim).enumerate();
+            of_heads.for_each(|(head_kv, means)| self.fill_coarse_means(head_kv, means));
+        }
+        Ok(means)
+    }
+
     /// The part of one KV head.
     pub(crate) fn head_coarse_means(&self, head_kv: usize) -> Vec<f16> {
-        let [dim, fine, coarse] =
-            [self.shape.head_dim_k, self.shape.n_cluster, self.shape.n_coarse].map(|n| n as usize);
-        if coarse == 0 {
-            return Vec::new();
+        let mut means = vec![f16::ZERO; self.shape.n_coarse as usize * self.shape.head_dim_k as usize];
+        if !means.is_empty() {
+            self.fill_coarse_means(head_kv, &mut means);
         }
+        means
+    }
+
+    fn fill_coarse_means(&self, head_kv: usize, means: &mut [f16]) {
+        let [dim, fine] = [self.shape.head_dim_k, self.shape.n_cluster].map(|n| n as usize);
         let offsets = self.head_offsets(head_kv);
-        let mut means = vec![f16::ZERO; coarse * dim];
         let (mut row, mut sum) = (vec![0.0f32; dim], vec![0.0f64; dim]);
         for (mean, run) in means.chunks_exact_mut(dim).zip(self.head_coarse_offsets(head_kv).windows(2)) {
             let run = run[0] as usize..run[1] as usize;
@@ -38,6 +56,5 @@ impl LayerView<'_> {
             row.iter_mut().zip(&sum).for_each(|(x, s)| *x = (s / n) as f32);
             mean.convert_from_f32_slice(&row);
         }
-        means
     }
 }

@@ -5,10 +5,11 @@ use std::io;
 use std::path::PathBuf;
 
 use super::types::FORMAT_VERSION;
+use crate::text::one_line;
 
 #[derive(Debug, thiserror::Error)]
 pub enum IndexError {
-    /// The file cannot be opened, mapped or written.
+    /// The file cannot be opened, read or written.
     #[error("{}: {source}: check that the path is right, permitted and on a disk with room", path.display())]
     Io { path: PathBuf, source: io::Error },
     /// The file ends too early.
@@ -30,6 +31,8 @@ pub enum IndexError {
         FORMAT_VERSION
     )]
     Version { found: u32 },
+    #[error("there is no memory for {bytes} bytes of the index: end other programs, or index a shorter prefix")]
+    Memory { bytes: u64 },
     /// Bytes differ from those written; `tensor` is a tensor's name, or `the header`.
     #[error(
         "the index is damaged: the checksum of {tensor} does not match: copy it again, or rebuild it with `sqz build`"
@@ -50,8 +53,22 @@ pub enum IndexError {
 macro_rules! ensure {
     ($cond:expr, $($arg:tt)*) => {
         if !$cond {
-            return Err($crate::index::IndexError::Invalid { what: format!($($arg)*) });
+            return Err($crate::index::error::invalid(&format!($($arg)*)));
         }
     };
 }
 pub(super) use ensure;
+
+pub(super) fn invalid(what: &str) -> IndexError {
+    IndexError::Invalid { what: one_line(what) }
+}
+
+/// An empty list with room for `n` elements. What grows with a file's size is asked for like this: a host without the memory gets
+/// an error, where a plain `Vec` would end it.
+pub(crate) fn reserved<T>(n: usize) -> Result<Vec<T>, IndexError> {
+    let mut list = Vec::new();
+    match list.try_reserve_exact(n) {
+        Ok(()) => Ok(list),
+        Err(_) => Err(IndexError::Memory { bytes: (n as u64).saturating_mul(size_of::<T>() as u64) }),
+    }
+}

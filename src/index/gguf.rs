@@ -3,8 +3,9 @@
 
 use std::ops::Range;
 
-use super::error::ensure;
+use super::error::{ensure, invalid};
 use super::IndexError;
+use crate::text::one_line;
 
 #[cfg(target_endian = "big")]
 compile_error!("the index is used in place as little-endian numbers; this host is big-endian");
@@ -71,7 +72,7 @@ impl<'a> Cursor<'a> {
                 Ok(taken)
             }
             None => Err(IndexError::Truncated {
-                at: format!("byte {} ({what} needs {n} bytes, {} are left)", self.pos, left.len()),
+                at: one_line(&format!("byte {} ({what} needs {n} bytes, {} are left)", self.pos, left.len())),
             }),
         }
     }
@@ -94,8 +95,7 @@ impl<'a> Cursor<'a> {
 
     pub fn str(&mut self, what: &str) -> Result<&'a str, IndexError> {
         let at = self.pos;
-        std::str::from_utf8(self.raw_str(what)?)
-            .map_err(|_| IndexError::Invalid { what: format!("{what} at byte {at} is not UTF-8") })
+        std::str::from_utf8(self.raw_str(what)?).map_err(|_| invalid(&format!("{what} at byte {at} is not UTF-8")))
     }
 
     /// Passes over a value of any type.
@@ -131,7 +131,7 @@ fn scalar_size(kind: u32, key: &str) -> Result<u64, IndexError> {
         2 | 3 => Ok(2),
         U32 | I32 | F32 => Ok(4),
         U64 | 11 | 12 => Ok(8),
-        _ => Err(IndexError::Invalid { what: format!("the key {key:?} has the unknown or nested value type {kind}") }),
+        _ => Err(invalid(&format!("the key {key:?} has the unknown or nested value type {kind}"))),
     }
 }
 

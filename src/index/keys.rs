@@ -3,7 +3,7 @@
 
 use sha2::{Digest, Sha256};
 
-use super::error::ensure;
+use super::error::{ensure, reserved};
 use super::gguf::{self, Cursor, Writer, ARRAY, F32, I32, STRING, U32, U64};
 use super::layout::{Header, ProbeShape, SketchShape};
 use super::seal::{CHECKSUMS_KEY, GENERAL_TYPE, SEAL_KEY, SYNTHETIC_TYPE, VERSION_KEY};
@@ -317,7 +317,10 @@ impl<'a> Keys<'a> {
     /// An array of 32-bit numbers. The bytes are there before the memory is asked for.
     fn words<T: bytemuck::Pod>(&mut self, key: &str, item: u32, max: usize) -> Result<Vec<T>, IndexError> {
         let (mut value, n) = self.array(key, item, max)?;
-        Ok(value.take(n.saturating_mul(4), key)?.chunks_exact(4).map(bytemuck::pod_read_unaligned).collect())
+        let found = value.take(n.saturating_mul(4), key)?.chunks_exact(4);
+        let mut words = reserved(found.len())?;
+        words.extend(found.map(bytemuck::pod_read_unaligned::<T>));
+        Ok(words)
     }
 
     /// A table stored by columns.
@@ -331,7 +334,12 @@ impl<'a> Keys<'a> {
         let mut rows: Option<Vec<T>> = None;
         for (key, get) in columns {
             let values: Vec<V> = self.words(key, item, max)?;
-            let rows = rows.get_or_insert_with(|| vec![empty.clone(); values.len()]);
+            if rows.is_none() {
+                let mut made = reserved(values.len())?;
+                made.resize(values.len(), empty.clone());
+                rows = Some(made);
+            }
+            let rows = rows.get_or_insert_default();
             ensure!(values.len() == rows.len(), "the array {key:?} has {} rows, not {}", values.len(), rows.len());
             rows.iter_mut().zip(values).for_each(|(row, value)| *get(row) = value);
         }

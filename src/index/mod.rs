@@ -1,11 +1,13 @@
 //! The index of one prefix: types, and the sidecar file (GGUF v3).
 
+#![forbid(unsafe_code)]
+
+mod bytes;
 mod coarse;
 mod error;
 mod gguf;
 mod keys;
 mod layout;
-mod map;
 mod model;
 mod read;
 mod seal;
@@ -18,6 +20,7 @@ pub mod sample;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use error::reserved;
 pub use error::IndexError;
 pub use model::{ModelError, ModelFile};
 pub use read::Index;

@@ -1,15 +1,21 @@
 //! What an index says of the model that it was made with, read from the model's GGUF file.
 
+use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+use super::bytes::regular;
+use super::error::reserved;
 use super::gguf::{self, Cursor, Entry};
-use super::map::Bytes;
 use super::{IndexError, ModelId};
 
 const SAMPLES: u64 = 64;
 const SAMPLE_BYTES: u64 = 64 * 1024;
+/// Read at first; the metadata of most models with a vocabulary take a few MiB.
+const FIRST_BYTES: u64 = 1 << 22;
+/// More metadata are no model's.
+const MOST_METADATA: u64 = 1 << 30;
 
 /// Why a model file cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -40,19 +46,25 @@ impl ModelFile {
     /// See [`ModelError`].
     pub fn read(path: &Path) -> Result<ModelFile, ModelError> {
         let io = |source| ModelError::Io { path: path.to_path_buf(), source };
-        let bytes = Bytes::map(path).map_err(io)?;
-        ModelFile::parse(bytes.as_slice()).map_err(|error| {
-            let what = match error {
-                IndexError::NotGguf => "its first bytes are not `GGUF`".to_string(),
-                IndexError::Truncated { at } => format!("it is cut off at {at}"),
-                IndexError::Invalid { what } => what,
-                other => other.to_string(),
-            };
-            ModelError::NotGguf { path: path.to_path_buf(), what }
-        })
+        let (mut file, size) = regular(path).map_err(io)?;
+        let (mut model, data) = match metadata(&mut file, size).map_err(io)? {
+            Ok(found) => found,
+            Err(error) => {
+                let what = match error {
+                    IndexError::NotGguf => "its first bytes are not `GGUF`".to_string(),
+                    IndexError::Truncated { at } => format!("it is cut off at {at}"),
+                    IndexError::Invalid { what } => what,
+                    other => other.to_string(),
+                };
+                return Err(ModelError::NotGguf { path: path.to_path_buf(), what });
+            }
+        };
+        model.id.fingerprint = sample(&mut file, size, data).map_err(io)?;
+        Ok(model)
     }
 
-    fn parse(bytes: &[u8]) -> Result<ModelFile, IndexError> {
+    /// What the first bytes of a file of `size` bytes say, but for the fingerprint, and where its tensor data begin.
+    fn parse(bytes: &[u8], size: u64) -> Result<(ModelFile, u64), IndexError> {
         let counts = gguf::counts(bytes)?;
         let mut cursor = Cursor::new(bytes, gguf::KEYS_START);
         let mut file = ModelFile {
@@ -78,10 +90,26 @@ impl ModelFile {
         for _ in 0..counts.n_tensor {
             gguf::info(&mut cursor)?;
         }
-        let size = bytes.len() as u64;
         let data = (cursor.pos as u64).checked_next_multiple_of(alignment.max(1)).unwrap_or(size);
-        file.id.fingerprint = sample(bytes, data.min(size));
-        Ok(file)
+        Ok((file, data.min(size)))
+    }
+}
+
+/// Reads as much of the file as its metadata take. The outer error: the file cannot be read; the inner one: it is no model.
+fn metadata(file: &mut (impl Read + Seek), size: u64) -> io::Result<Result<(ModelFile, u64), IndexError>> {
+    let mut wanted = FIRST_BYTES;
+    loop {
+        let n = wanted.min(size);
+        let mut bytes = match reserved(n as usize) {
+            Ok(bytes) => bytes,
+            Err(error) => return Ok(Err(error)),
+        };
+        file.rewind()?;
+        file.take(n).read_to_end(&mut bytes)?;
+        match ModelFile::parse(&bytes, size) {
+            Err(IndexError::Truncated { .. }) if wanted < size.min(MOST_METADATA) => wanted *= 4,
+            other => return Ok(other),
+        }
     }
 }
 
@@ -101,17 +129,27 @@ fn number(entry: &Entry, value: &[u8]) -> Option<u32> {
 }
 
 /// `data`: where the tensor data begin.
-fn sample(bytes: &[u8], data: u64) -> [u8; 32] {
-    let size = bytes.len() as u64;
+fn sample(file: &mut (impl Read + Seek), size: u64, data: u64) -> io::Result<[u8; 32]> {
     let mut hash = Sha256::new();
     hash.update(size.to_le_bytes());
-    let mut take = |from: u64, n: u64| hash.update(&bytes[from as usize..(from + n).min(size) as usize]);
-    take(0, data);
+    let mut buffer = vec![0; SAMPLE_BYTES as usize];
+    let mut take = |from: u64, n: u64| -> io::Result<()> {
+        file.seek(io::SeekFrom::Start(from))?;
+        let mut left = (from + n).min(size) - from;
+        while left > 0 {
+            let part = &mut buffer[..left.min(SAMPLE_BYTES) as usize];
+            file.read_exact(part)?;
+            hash.update(&*part);
+            left -= part.len() as u64;
+        }
+        Ok(())
+    };
+    take(0, data)?;
     let room = (size - data).saturating_sub(SAMPLE_BYTES);
     for i in 0..SAMPLES {
-        take(data + (room as u128 * i as u128 / (SAMPLES - 1) as u128) as u64, SAMPLE_BYTES);
+        take(data + (room as u128 * i as u128 / (SAMPLES - 1) as u128) as u64, SAMPLE_BYTES)?;
     }
-    hash.finalize().into()
+    Ok(hash.finalize().into())
 }
 
 #[cfg(test)]
@@ -133,13 +171,15 @@ mod tests {
 
     #[test]
     fn what_the_file_says_is_found() {
-        let file = ModelFile::parse(&model(&[1; 100])).unwrap();
+        let (file, data) = ModelFile::parse(&model(&[1; 100]), 1000).unwrap();
+        assert_eq!(data, model(&[]).len() as u64);
         assert_eq!((file.id.architecture.as_str(), file.id.name.as_str()), ("llama", "A Model"));
         assert_eq!((file.n_layer, file.rope_freq_base), (7, Some(5e5)));
     }
 
     #[test]
     fn metadata_sampled_data_and_size_count() {
+        let sample = |bytes: &[u8], data| sample(&mut io::Cursor::new(bytes), bytes.len() as u64, data).unwrap();
         let bytes = vec![7u8; 9_000_000];
         let base = sample(&bytes, 1000);
         assert_eq!(base, sample(&bytes, 1000));
@@ -150,6 +190,21 @@ mod tests {
         }
         assert_ne!(base, sample(&bytes[..8_999_999], 1000));
         assert_ne!(sample(&[1, 2, 3], 2), sample(&[1, 2, 4], 2), "smaller than a sample");
+    }
+
+    #[test]
+    fn metadata_of_any_length_are_read() {
+        let token = "x".repeat(1000);
+        let mut file = gguf::Writer::new();
+        file.str("general.architecture", "llama");
+        file.str_array("tokenizer.ggml.tokens", (0..20_000).map(|_| token.as_str()));
+        file.scalar("llama.block_count", gguf::U32, 9u32.to_le_bytes());
+        let mut bytes = file.finish();
+        assert!(bytes.len() as u64 > 4 * FIRST_BYTES);
+        bytes.extend([1; 1000]);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), &bytes).unwrap();
+        assert_eq!(ModelFile::read(file.path()).unwrap().n_layer, 9);
     }
 
     #[test]

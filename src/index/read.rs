@@ -1,4 +1,4 @@
-//! Opens an index. Everything is checked once, here; afterwards views are slices of the mapped file.
+//! Opens an index. Everything is checked once, here; afterwards views are slices of the memory that the file was read into.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use bytemuck::{cast_slice, Pod};
 use half::f16;
 
-use super::error::ensure;
+use super::bytes::Bytes;
+use super::error::{ensure, reserved};
 use super::gguf::{self, Cursor, Type};
 use super::layout::{layer_tensors, narrow, Header, LAYER_TENSORS, PROBE_TENSORS, SKETCH_TENSORS};
-use super::map::Bytes;
 use super::seal::Frame;
 use super::types::*;
 use super::{keys, validate, IndexError};
@@ -28,7 +28,8 @@ pub struct Index {
 }
 
 impl Index {
-    /// Maps a file and checks all of it, checksums included: one read of the whole file.
+    /// Reads a file and checks all of it, checksums included. Afterwards the file is not looked at again: it may be cut, replaced
+    /// or removed.
     ///
     /// # Errors
     /// See [`IndexError`]; only `Io` names the path.
@@ -41,8 +42,7 @@ impl Index {
     /// # Errors
     /// As [`Index::open`], without `Synthetic`.
     pub fn open_any(path: &Path) -> Result<Index, IndexError> {
-        let bytes = Bytes::map(path).map_err(|source| IndexError::Io { path: path.to_path_buf(), source })?;
-        Index::parse(bytes, Some(path.to_path_buf()))
+        Index::parse(Bytes::read(path)?, Some(path.to_path_buf()))
     }
 
     fn real(self) -> Result<Index, IndexError> {
@@ -57,7 +57,15 @@ impl Index {
     /// # Errors
     /// As [`Index::open`], without `Io`.
     pub fn from_bytes(bytes: Vec<u8>) -> Result<Index, IndexError> {
-        Index::parse(Bytes::copy(&bytes), None)?.real()
+        Index::from_slice(&bytes)
+    }
+
+    /// The same of borrowed memory.
+    ///
+    /// # Errors
+    /// As [`Index::from_bytes`].
+    pub fn from_slice(bytes: &[u8]) -> Result<Index, IndexError> {
+        Index::parse(Bytes::copy(bytes)?, None)?.real()
     }
 
     fn parse(bytes: Bytes, path: Option<PathBuf>) -> Result<Index, IndexError> {
@@ -75,7 +83,8 @@ impl Index {
         let first = starts.collect();
         let mut index = Index { path, bytes, header, tensors, first, coarse: Vec::new() };
         index.check_data()?;
-        index.coarse = (0..index.shapes().len()).map(|i| index.stored(i).coarse_means()).collect();
+        index.coarse =
+            (0..index.shapes().len()).map(|i| index.stored(i).try_coarse_means()).collect::<Result<_, _>>()?;
         Ok(index)
     }
 
@@ -212,7 +221,7 @@ fn place_tensors(bytes: &[u8], frame: &Frame, header: &Header) -> Result<Vec<Ran
         "it has {} tensors, its header asks for {expected}",
         frame.counts.n_tensor
     );
-    let mut tensors = Vec::new();
+    let mut tensors = reserved(expected)?;
     let mut infos = Cursor::new(bytes, frame.infos);
     let mut data = Cursor::new(bytes, frame.data);
     for (i, spec) in header.specs().enumerate() {

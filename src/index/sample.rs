@@ -1,7 +1,11 @@
 //! Valid random indexes for tests, benches and the fuzzer. Not part of the public interface.
 
+use std::ops::Range;
+
 use half::f16;
 
+use super::gguf::{self, Cursor, Type};
+use super::seal::Frame;
 use super::types::*;
 use crate::random::split_mix;
 
@@ -207,4 +211,65 @@ pub fn touch(index: &super::Index) -> u64 {
     sum += words(sketch.k_dims) + words(sketch.v_dims) + halves(sketch.k) + halves(sketch.v);
     sum += halves(sketch.k_peaks) + halves(sketch.v_peaks);
     sum + index.probes().iter().map(|p| words(p.tokens) + halves(p.k)).sum::<u64>()
+}
+
+/// The parts that an index would be written from.
+///
+/// # Panics
+/// Never: every layer that an index names is in it.
+pub fn owned(index: &super::Index) -> IndexParts {
+    let layer = |shape: &LayerShape| {
+        let view = index.layer(shape.layer).expect("it names the layer");
+        LayerParts {
+            shape: *shape,
+            centroids: view.centroids.to_vec(),
+            mean_values: view.mean_values.to_vec(),
+            variances: view.variances.to_vec(),
+            variance_scales: view.variance_scales.to_vec(),
+            radii: view.radii.to_vec(),
+            offsets: view.offsets.to_vec(),
+            members: (0..view.members.len()).map(|i| view.members.get(i)).collect(),
+            coarse_centroids: view.coarse_centroids.to_vec(),
+            coarse_offsets: view.coarse_offsets.to_vec(),
+        }
+    };
+    let sketch = index.sketch();
+    let probe = |p: &ProbeView| ProbeParts { layer: p.layer, tokens: p.tokens.to_vec(), k: p.k.to_vec() };
+    IndexParts {
+        meta: index.meta().clone(),
+        layers: index.shapes().iter().map(layer).collect(),
+        sketch: SketchParts {
+            layer: sketch.layer,
+            tolerance: sketch.tolerance,
+            k_dims: sketch.k_dims.to_vec(),
+            v_dims: sketch.v_dims.to_vec(),
+            k: sketch.k.to_vec(),
+            v: sketch.v.to_vec(),
+            k_block: sketch.k_block,
+            v_block: sketch.v_block,
+            k_peaks: sketch.k_peaks.to_vec(),
+            v_peaks: sketch.v_peaks.to_vec(),
+        },
+        probes: index.probes().iter().map(probe).collect(),
+    }
+}
+
+/// Where a file's key values, tensor entries and tensor data lie, as far as its header can be walked.
+pub fn fields(bytes: &[u8]) -> Vec<Range<usize>> {
+    let mut all = Vec::new();
+    let Ok(frame) = Frame::read(bytes) else { return all };
+    let mut cursor = Cursor::new(bytes, gguf::KEYS_START);
+    for _ in 0..frame.counts.n_kv {
+        all.extend(gguf::entry(&mut cursor).map(|entry| entry.value));
+    }
+    for _ in 0..frame.counts.n_tensor {
+        let start = cursor.pos;
+        let Ok(info) = gguf::info(&mut cursor) else { return all };
+        all.push(start..cursor.pos);
+        let size = Type::from_id(info.kind).and_then(|kind| gguf::tensor_bytes(&info.ne, kind));
+        let data = (frame.data as u64).checked_add(info.offset).zip(size);
+        let end = |(start, size): (u64, u64)| Some(start as usize..usize::try_from(start.checked_add(size)?).ok()?);
+        all.extend(data.and_then(end).filter(|range| range.end <= bytes.len()));
+    }
+    all
 }

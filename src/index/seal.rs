@@ -57,7 +57,7 @@ impl Frame {
             }
         }
         if !matches!(kind.as_deref(), Some(GENERAL_TYPE | SYNTHETIC_TYPE)) {
-            return Err(IndexError::NotAnIndex(kind.unwrap_or_default()));
+            return Err(IndexError::NotAnIndex(crate::text::one_line(&kind.unwrap_or_default())));
         }
         match version {
             Some(FORMAT_VERSION) => {}
@@ -103,6 +103,37 @@ impl Frame {
             Err(IndexError::Checksum { tensor: name.into() })
         }
     }
+}
+
+/// Whether a file may be an index, by its first bytes: a reader need not take in what is another file. A cut header passes.
+///
+/// # Errors
+/// `NotGguf` and `NotAnIndex`.
+pub(super) fn begins(bytes: &[u8]) -> Result<(), IndexError> {
+    let counts = match gguf::counts(bytes) {
+        Err(IndexError::NotGguf) => return Err(IndexError::NotGguf),
+        Err(_) => return Ok(()),
+        Ok(counts) => counts,
+    };
+    // An index has it first.
+    let mut cursor = Cursor::new(bytes, gguf::KEYS_START);
+    let mut found = String::new();
+    for i in 0..counts.n_kv {
+        let Ok(entry) = gguf::entry(&mut cursor) else {
+            if i == 0 {
+                return Ok(());
+            }
+            break;
+        };
+        if (entry.key, entry.kind) == ("general.type", gguf::STRING) {
+            found = String::from_utf8_lossy(&bytes[entry.value][8..]).into_owned();
+            if matches!(found.as_str(), GENERAL_TYPE | SYNTHETIC_TYPE) {
+                return Ok(());
+            }
+            break;
+        }
+    }
+    Err(IndexError::NotAnIndex(crate::text::one_line(&found)))
 }
 
 /// Sets every checksum of a complete file. Tensor entries that point outside the file keep the checksum they have, so tests

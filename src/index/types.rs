@@ -10,6 +10,12 @@ pub const FORMAT_VERSION: u32 = 5;
 /// sketch and the cache row that is taken for it. Two tokens or positions of a prefix must be at least twice as far apart.
 pub const SKETCH_TOLERANCE: f32 = 0.03;
 
+/// No index may ask for more: with a tolerance near 1 it could be bound to any text.
+pub const MAX_SKETCH_TOLERANCE: f32 = 0.1;
+
+/// Most elements of K, and of V, that a sketch keeps per token.
+pub const MAX_SKETCH: u32 = 64;
+
 /// Elements that one peak of a sketch stands for: ggml's quantised cache types have one scale per so many.
 pub const PEAK_RUN: usize = 32;
 
@@ -183,7 +189,7 @@ pub struct LayerParts {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SketchParts {
     pub layer: u32,
-    /// Largest relative distance of elements that is taken for rounding, in K and in V: above 0, below 1.
+    /// Largest relative distance of elements that is taken for rounding, in K and in V: above 0, at most [`MAX_SKETCH_TOLERANCE`].
     pub tolerance: f32,
     /// Elements of the whole K row (`n_head_kv * head_dim_k`) that are kept, ascending.
     pub k_dims: Vec<u32>,
@@ -261,7 +267,7 @@ impl<'a> Members<'a> {
     }
 }
 
-/// One indexed layer, borrowed from a mapped file. Layouts as in [`LayerParts`]; every invariant there holds.
+/// One indexed layer, borrowed from an open index. Layouts as in [`LayerParts`]; every invariant there holds.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerView<'a> {
     pub shape: LayerShape,

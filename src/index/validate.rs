@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::error::ensure;
+use super::error::{ensure, reserved};
 use super::keys::MAX_ROWS;
 use super::layout::{Header, ProbeShape, SketchShape};
 use super::types::*;
@@ -50,13 +50,16 @@ pub(super) fn header(header: &Header) -> Result<(), IndexError> {
 
     check_layer_number(meta, sketch.layer, "the layer of the sketch")?;
     ensure!(
-        (1..=MAX_ROW).contains(&sketch.n_k) && (1..=MAX_ROW).contains(&sketch.n_v),
-        "the sketch keeps {} elements of K and {} of V per token, at least 1 of each is needed",
+        (1..=MAX_SKETCH).contains(&sketch.n_k) && (1..=MAX_SKETCH).contains(&sketch.n_v),
+        "the sketch keeps {} elements of K and {} of V per token, not 1 to {MAX_SKETCH} of each",
         sketch.n_k,
         sketch.n_v
     );
     let tolerance = sketch.tolerance;
-    ensure!(tolerance > 0.0 && tolerance < 1.0, "the tolerance of the sketch is {tolerance}, not between 0 and 1");
+    ensure!(
+        tolerance > 0.0 && tolerance <= MAX_SKETCH_TOLERANCE,
+        "the tolerance of the sketch is {tolerance}, not above 0 and at most {MAX_SKETCH_TOLERANCE}"
+    );
     check_peaks(shapes, sketch)?;
     ensure!(probes.len() <= MAX_ROWS, "there are {} probes", probes.len());
     ensure!(ascending(probes.iter().map(|p| p.layer)), "layers of probes are not ascending");
@@ -203,7 +206,8 @@ pub(super) fn layer(meta: &IndexMeta, view: &LayerView) -> Result<(), IndexError
         ensure!(wrong.is_none(), "layer {layer} has the {what} {}", wrong.unwrap_or(&0.0));
     }
     let (n, fine, coarse) = (meta.n_clustered(), shape.n_cluster as usize, shape.n_coarse as usize);
-    let mut seen = vec![0u64; n.div_ceil(64)];
+    let mut seen = reserved(n.div_ceil(64))?;
+    seen.resize(n.div_ceil(64), 0u64);
     for head in 0..shape.n_head_kv as usize {
         let offsets = view.head_offsets(head);
         ensure!(runs(offsets, n), "layer {layer}, KV head {head}: cluster offsets do not ascend from 0 to {n}");

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytemuck::cast_slice;
 
-use super::error::ensure;
+use super::error::{ensure, reserved};
 use super::gguf::{self, Writer};
 use super::layout::{Header, ProbeShape, SketchShape};
 use super::types::*;
@@ -34,8 +34,9 @@ pub fn to_bytes(parts: &IndexParts) -> Result<Vec<u8>, IndexError> {
         ensure!(next.is_some(), "the tensor {} is too large", spec.name);
         end = next.unwrap_or(end);
     }
-    let mut bytes = writer.finish();
-    bytes.reserve_exact(end as usize);
+    let head = writer.finish();
+    let mut bytes = reserved(head.len().saturating_add(usize::try_from(end).unwrap_or(usize::MAX)))?;
+    bytes.extend_from_slice(&head);
     let narrow = super::layout::narrow(&parts.meta);
     for data in arrays(parts) {
         match data {

@@ -2,6 +2,8 @@
 //! full of NaN.
 #![allow(dead_code)]
 
+pub mod check;
+
 use std::sync::Arc;
 
 use ggml_squeeze::attention::cpu::{Memory, Options, Plan, Unsupported};
@@ -68,6 +70,8 @@ pub struct Spec {
     pub selection: Selection,
     /// The prefix is in consecutive cells, in order; else anywhere.
     pub contiguous: bool,
+    /// Bytes between rows of K and V that belong to nothing, a multiple of 4.
+    pub gap: usize,
     /// Heads outermost in K and V, instead of all heads of a cell together.
     pub head_major: bool,
     /// Sparse rows see all cells but the hidden ones with mask 0, and so do dense ones.
@@ -112,6 +116,7 @@ impl Spec {
                 coarse_share: 1.0,
             },
             contiguous: false,
+            gap: 0,
             head_major: false,
             plain_mask: false,
             k_type: Element::F16,
@@ -179,10 +184,11 @@ impl Cache {
         let (n_kv, heads, row) = (spec.n_prefix + spec.n_other, spec.n_head_kv, element.row_bytes(d));
         let step = element.block_bytes();
         let nb = match spec.head_major {
-            true => [step, row, row * n_kv, row * n_kv * heads],
-            false => [step, row * heads, row, row * n_kv * heads],
+            true => [step, row + spec.gap, (row + spec.gap) * n_kv, (row + spec.gap) * n_kv * heads],
+            false => [step, row * heads + spec.gap, row, (row * heads + spec.gap) * n_kv],
         };
-        Cache { element, d, rotation, nb, bytes: vec![0; row * n_kv * heads * spec.n_stream] }
+        // NaN in every type, where nothing may be read.
+        Cache { element, d, rotation, nb, bytes: vec![0xff; nb[3] * spec.n_stream] }
     }
 
     fn row(&mut self, [cell, head, stream]: [usize; 3]) -> &mut [u8] {

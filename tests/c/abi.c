@@ -153,6 +153,9 @@ static void builder_errors(void) {
     p.n_coarse = -2;
     FAILS(SQZ_ERROR_ARGUMENT, sqz_builder_new(&p, tokens, P, &b));
     p = small();
+    p.n_threads = 1025;
+    FAILS(SQZ_ERROR_ARGUMENT, sqz_builder_new(&p, tokens, P, &b));
+    p = small();
     p.size = 3;
     FAILS(SQZ_ERROR_SIZE, sqz_builder_new(&p, tokens, P, &b));
 
@@ -447,6 +450,8 @@ static void attention(void) {
     WITH(bad.dst.ne[1] = 1, SQZ_ERROR_UNSUPPORTED);
     WITH(bad.k.nb[0] = 4, SQZ_ERROR_UNSUPPORTED);
     WITH(bad.k.nb[1] = 3, SQZ_ERROR_ARGUMENT);
+    WITH(bad.k.nb[1] = 0, SQZ_ERROR_ARGUMENT);
+    WITH(bad.n_threads = 1025, SQZ_ERROR_ARGUMENT);
     WITH(bad.q.data = (char *)q + 1, SQZ_ERROR_ARGUMENT);
     WITH(bad.q.ne[0] = bad.k.ne[0] = 60, SQZ_ERROR_UNSUPPORTED);
     WITH(bad.mask.ne[0] = P - 1, SQZ_ERROR_UNSUPPORTED);

@@ -9,6 +9,7 @@ use ggml_squeeze::backend::Capture;
 use llama_cpp_sys_2 as sys;
 
 use super::{c_path, cause, type_number, Flash, Model, ModelArgs};
+use crate::whole::write_whole;
 
 /// llama.h's LLAMA_FILE_MAGIC_GGSN and _GGSQ: a whole state, and that of one sequence.
 const MAGIC_SESSION: u32 = 0x6767_736e;
@@ -233,22 +234,30 @@ impl<'m> Context<'m> {
     /// it computes again to get its logits. The last token is forgotten by this context too.
     pub fn save_prompt_cache(&mut self, path: &Path, tokens: &[i32]) -> Result<()> {
         self.truncate(tokens.len() - 1)?;
-        let name = c_path(path)?;
-        // SAFETY: `tokens` has the length stated.
-        let ok = unsafe { sys::llama_state_save_file(self.raw.as_ptr(), name.as_ptr(), tokens.as_ptr(), tokens.len()) };
-        ensure!(ok, "cannot write the state file {}{}", path.display(), cause());
-        Ok(())
+        let raw = self.raw.as_ptr();
+        write_whole(path, |to| {
+            let name = c_path(to)?;
+            // SAFETY: `tokens` has the length stated.
+            let (ok, state) = unsafe {
+                let ok = sys::llama_state_save_file(raw, name.as_ptr(), tokens.as_ptr(), tokens.len());
+                (ok, sys::llama_state_get_size(raw))
+            };
+            ensure!(ok, "cannot write the state file {}{}", path.display(), cause());
+            // Magic, version, number of tokens; the tokens; the state.
+            Ok(12 + 4 * tokens.len() as u64 + state as u64)
+        })
     }
 
     /// Writes what llama-server restores into a slot.
     pub fn save_slot(&mut self, path: &Path, tokens: &[i32]) -> Result<()> {
-        let name = c_path(path)?;
-        // SAFETY: `tokens` has the length stated.
-        let bytes = unsafe {
-            sys::llama_state_seq_save_file(self.raw.as_ptr(), name.as_ptr(), 0, tokens.as_ptr(), tokens.len())
-        };
-        ensure!(bytes > 0, "cannot write the slot file {}{}", path.display(), cause());
-        Ok(())
+        let raw = self.raw.as_ptr();
+        write_whole(path, |to| {
+            let name = c_path(to)?;
+            // SAFETY: `tokens` has the length stated.
+            let bytes = unsafe { sys::llama_state_seq_save_file(raw, name.as_ptr(), 0, tokens.as_ptr(), tokens.len()) };
+            ensure!(bytes > 0, "cannot write the slot file {}{}", path.display(), cause());
+            Ok(bytes as u64)
+        })
     }
 
     /// Restores a file of either kind and returns its tokens; cells of the last ones may be missing (see `n_past`).

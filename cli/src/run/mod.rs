@@ -20,6 +20,7 @@ use crate::tokens::Chat;
 
 pub mod args;
 pub mod cache;
+#[allow(unsafe_code)]
 mod child;
 mod prompt;
 mod server;

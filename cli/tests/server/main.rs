@@ -6,6 +6,7 @@
 mod common;
 
 mod cells;
+mod faults;
 mod indexes;
 mod models;
 mod slots;

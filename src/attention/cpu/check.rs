@@ -1,5 +1,7 @@
 //! Whether the kernels can run a call; what they rely on is checked here, once per plan.
 
+#![forbid(unsafe_code)]
+
 use super::{Unsupported, HEAD_DIM_MAX, HEAD_DIM_MIN, HEAD_DIM_STEP};
 use crate::attention::{Array, Call, Problem, Row};
 use crate::hadamard;

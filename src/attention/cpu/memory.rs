@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use super::kernels::BLOCK;
-use super::Path;
+use super::{Path, Unsupported};
 use crate::attention::{Array, Call, Problem};
 
 /// A cache line, so that no two threads' areas share one.
@@ -21,10 +21,13 @@ pub struct Memory {
 
 impl Memory {
     /// At least so many bytes. Plans made earlier keep what they have.
-    pub(super) fn take(&mut self, bytes: usize) -> Arc<Workspace> {
+    ///
+    /// # Errors
+    /// `Memory`: the system has no more.
+    pub(super) fn take(&mut self, bytes: usize) -> Result<Arc<Workspace>, Unsupported> {
         match &self.last {
-            Some(last) if last.lines.len() * 64 >= bytes => last.clone(),
-            _ => self.last.insert(Arc::new(Workspace::new(bytes))).clone(),
+            Some(last) if last.lines.len() * 64 >= bytes => Ok(last.clone()),
+            _ => Ok(self.last.insert(Arc::new(Workspace::new(bytes)?)).clone()),
         }
     }
 }
@@ -41,10 +44,12 @@ unsafe impl Send for Workspace {}
 unsafe impl Sync for Workspace {}
 
 impl Workspace {
-    fn new(bytes: usize) -> Workspace {
-        let mut lines = vec![Line([0; 64]); bytes.div_ceil(64)];
+    fn new(bytes: usize) -> Result<Workspace, Unsupported> {
+        let mut lines = Vec::new();
+        lines.try_reserve_exact(bytes.div_ceil(64)).map_err(|_| Unsupported::Memory { bytes })?;
+        lines.resize(bytes.div_ceil(64), Line([0; 64]));
         let base = lines.as_mut_ptr().cast();
-        Workspace { lines, base }
+        Ok(Workspace { lines, base })
     }
 
     /// # Safety

@@ -124,6 +124,8 @@ pub enum Unsupported {
     Index { what: &'static str, index: usize, call: usize },
     #[error("a binding maps {got} {what}, the index needs {want}: bind the index again")]
     Binding { what: &'static str, got: usize, want: usize },
+    #[error("there is no memory for {bytes} bytes of scratch: end other programs, or use fewer threads")]
+    Memory { bytes: usize },
     #[error("sparse rows with ALiBi (max_bias {max_bias}): such a call stays dense")]
     Alibi { max_bias: String },
 }

@@ -166,7 +166,7 @@ impl Plan {
             place,
             space,
             scratch,
-            memory: memory.take(carver.bytes),
+            memory: memory.take(carver.bytes)?,
             spaces_at,
             scratch_at,
             partials_at,

@@ -1,5 +1,7 @@
 //! Whether what was captured is what the attention op had: attention over it must give the op's output.
 
+#![forbid(unsafe_code)]
+
 use crate::build::LayerCapture;
 
 /// Relative error above which captured K, Q and V are taken to be something else than the op's. A wrong layout is at 1.

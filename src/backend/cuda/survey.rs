@@ -1,5 +1,7 @@
 //! What a graph of a CUDA backend does to the KV cache and where it attends, read once per graph.
 
+#![forbid(unsafe_code)]
+
 use ggml_sys as sys;
 
 use super::super::layers::Layers;

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::index::sample::touch;
+use crate::index::sample::{owned, touch};
 
 fn forge() -> Forge {
     Forge::new(&to_bytes(&small()).unwrap())
@@ -357,7 +357,7 @@ proptest! {
         if let Ok(index) = open(&bytes) {
             // What is accepted obeys every rule: the writer, which checks owned parts, takes it too, byte for byte.
             touch(&index);
-            prop_assert!(to_bytes(&super::parts::owned(&index)).unwrap() == bytes);
+            prop_assert!(to_bytes(&owned(&index)).unwrap() == bytes);
         }
     }
 }

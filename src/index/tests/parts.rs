@@ -3,51 +3,14 @@
 use half::f16;
 
 use super::*;
-
-/// The parts that an index would be written from.
-pub fn owned(index: &Index) -> IndexParts {
-    let layer = |shape: &LayerShape| {
-        let view = index.layer(shape.layer).unwrap();
-        LayerParts {
-            shape: *shape,
-            centroids: view.centroids.to_vec(),
-            mean_values: view.mean_values.to_vec(),
-            variances: view.variances.to_vec(),
-            variance_scales: view.variance_scales.to_vec(),
-            radii: view.radii.to_vec(),
-            offsets: view.offsets.to_vec(),
-            members: (0..view.members.len()).map(|i| view.members.get(i)).collect(),
-            coarse_centroids: view.coarse_centroids.to_vec(),
-            coarse_offsets: view.coarse_offsets.to_vec(),
-        }
-    };
-    let sketch = index.sketch();
-    let probe = |p: &ProbeView| ProbeParts { layer: p.layer, tokens: p.tokens.to_vec(), k: p.k.to_vec() };
-    IndexParts {
-        meta: index.meta().clone(),
-        layers: index.shapes().iter().map(layer).collect(),
-        sketch: SketchParts {
-            layer: sketch.layer,
-            tolerance: sketch.tolerance,
-            k_dims: sketch.k_dims.to_vec(),
-            v_dims: sketch.v_dims.to_vec(),
-            k: sketch.k.to_vec(),
-            v: sketch.v.to_vec(),
-            k_block: sketch.k_block,
-            v_block: sketch.v_block,
-            k_peaks: sketch.k_peaks.to_vec(),
-            v_peaks: sketch.v_peaks.to_vec(),
-        },
-        probes: index.probes().iter().map(probe).collect(),
-    }
-}
+use crate::index::sample::owned;
 
 /// A change that breaks a rule, and a word of the message it must give.
 type Case = (&'static str, fn(&mut IndexParts));
 
 #[test]
 fn each_broken_rule_is_named() {
-    let cases: [Case; 49] = [
+    let cases: [Case; 51] = [
         ("leave none to cluster", |p| p.meta.n_window = 21),
         ("leave none to cluster", |p| (p.meta.n_sink, p.meta.n_window) = (u32::MAX, u32::MAX)),
         ("token id -1", |p| p.meta.tokens[5] = -1),
@@ -88,9 +51,11 @@ fn each_broken_rule_is_named() {
         ("layer 0: the coarse centroids", |p| p.layers[0].coarse_centroids.truncate(15)),
         ("members", |p| p.layers[1].members[20] = 2),
         ("elements of K", |p| p.sketch.k_dims[0] = 8),
-        ("at least 1 of each", |p| p.sketch.v_dims.clear()),
+        ("of V per token, not 1 to 64", |p| p.sketch.v_dims.clear()),
         ("tolerance", |p| p.sketch.tolerance = 0.0),
         ("tolerance", |p| p.sketch.tolerance = f32::NAN),
+        ("tolerance", |p| p.sketch.tolerance = 0.11),
+        ("65 elements of K", |p| p.sketch.k_dims = (0..65).collect()),
         ("blocks of 3 elements of K", |p| p.sketch.k_block = 3),
         ("blocks of 8 elements of V", |p| p.sketch.v_block = 8),
         ("0 peaks of K", |p| p.sketch.k_peaks.clear()),

@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Fuzzes with coverage guidance and AddressSanitizer, each target for so many seconds, from the seeds in fuzz/seeds and from what earlier
+# runs have found (target/fuzz/corpus). A finding ends the script; its input is then below target/fuzz/artifacts.
+# Usage: fuzz.sh SECONDS [TARGET ...]     targets: index_bytes index_fields c_abi attention; default: all
+#        fuzz.sh seeds                    replaces the seeds by a small choice of the corpus that reaches as much
+#        fuzz.sh coverage                 what the corpus reaches, by file; needs a nightly compiler with llvm-tools
+# The compiler is the stable one with its unstable options unlocked, so that no second one is needed. cargo-fuzz, pinned, is
+# installed below target/tools where it is missing (a minute).
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+target=$(realpath -m "${CARGO_TARGET_DIR:-$root/target}")
+work=$target/fuzz
+version=0.13.2
+all=(index_bytes index_fields c_abi attention)
+usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[[ $# -gt 0 ]] || usage
+
+tool=$target/tools/bin/cargo-fuzz
+if [[ $("$tool" --version 2> /dev/null) != "cargo-fuzz $version" ]]; then
+    cargo install --quiet --locked --root "$target/tools" --version "$version" cargo-fuzz
+fi
+export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=$work/build GGML_SQUEEZE_CUDA=0
+export ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=1}
+cd "$root"
+
+case $1 in
+    seeds)
+        for name in "${all[@]}"; do
+            mkdir -p "$work/corpus/$name" "$root/fuzz/seeds/$name"
+            rm -rf "$work/least"
+            mkdir "$work/least"
+            "$tool" run "$name" "$work/least" "$root/fuzz/seeds/$name" "$work/corpus/$name" -- -merge=1 2> "$work/merge.log"
+            # The smallest inputs, up to 60 KiB of them.
+            rm -f "$root/fuzz/seeds/$name"/*
+            find "$work/least" -type f -printf '%s %p\n' | sort -n | while read -r size path; do
+                sum=$((${sum:-0} + size))
+                [[ $sum -le 61440 ]] || break
+                cp "$path" "$root/fuzz/seeds/$name/"
+            done
+            echo "$name: $(find "$root/fuzz/seeds/$name" -type f | wc -l) of $(find "$work/least" -type f | wc -l) inputs"
+        done
+        ;;
+    coverage)
+        export RUSTUP_TOOLCHAIN=nightly
+        host=$(rustc -vV | sed -n 's/^host: //p')
+        bin=$(rustc --print sysroot)/lib/rustlib/$host/bin
+        [[ -x $bin/llvm-cov ]] || { echo "fuzz.sh: run 'rustup component add --toolchain nightly llvm-tools'" >&2; exit 1; }
+        objects=()
+        for name in "${all[@]}"; do
+            mkdir -p "$work/corpus/$name"
+            "$tool" coverage "$name" "$root/fuzz/seeds/$name" "$work/corpus/$name" > "$work/coverage.log" 2>&1 || {
+                tail -n 20 "$work/coverage.log" >&2
+                exit 1
+            }
+            objects+=(-object "$(find "$work/build" -path '*/coverage/*' -path '*/release/*' -name "$name" -type f | head -n 1)")
+        done
+        "$bin/llvm-profdata" merge -o "$work/all.profdata" "$root"/fuzz/coverage/*/coverage.profdata
+        rm -rf "$root/fuzz/coverage"
+        "$bin/llvm-cov" report -instr-profile "$work/all.profdata" "${objects[@]:1}" -sources "$root"/src/index "$root"/src/capi \
+            "$root"/src/attention/cpu "$root"/src/backend/op
+        ;;
+    *[!0-9]*) usage ;;
+    *)
+        seconds=$1
+        shift
+        [[ $# -gt 0 ]] || set -- "${all[@]}"
+        for name in "$@"; do
+            mkdir -p "$work/corpus/$name" "$work/artifacts/$name" "$root/fuzz/seeds/$name"
+            "$tool" build "$name" 2> "$work/$name.build.log" || { tail -n 40 "$work/$name.build.log" >&2; exit 1; }
+            # Inputs are small; an allocation far beyond them is a finding, and so is one that takes long.
+            "$tool" run "$name" "$work/corpus/$name" "$root/fuzz/seeds/$name" -- -max_total_time="$seconds" -max_len=16384 \
+                -rss_limit_mb=4096 -malloc_limit_mb=512 -timeout=60 -print_final_stats=1 \
+                -artifact_prefix="$work/artifacts/$name/" > "$work/$name.log" 2>&1 || {
+                grep -vE '^#[0-9]+\s' "$work/$name.log" | tail -n 60 >&2
+                echo "fuzz.sh: $name has found something: see $work/artifacts/$name" >&2
+                exit 1
+            }
+            count=$(sed -n 's/^stat::number_of_executed_units: *//p' "$work/$name.log")
+            edges=$(sed -nE 's/.* cov: ([0-9]+) .*/\1/p' "$work/$name.log" | tail -n 1)
+            echo "$name: $count inputs in $seconds s, $edges edges reached, nothing found"
+        done
+        ;;
+esac
