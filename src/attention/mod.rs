@@ -4,4 +4,6 @@ pub mod cpu;
 pub mod cuda;
 pub mod oracle;
 pub mod problem;
+#[doc(hidden)]
+pub mod rule;
 pub use problem::*;
