@@ -129,7 +129,8 @@ fn check(spec: &Spec, share: f32, heads: bool) {
         assert_eq!((place.row, place.head_kv, place.layer), (*row, *head_kv, LAYER));
         assert_eq!((place.first, place.end), (spec.n_sink, spec.n_prefix - spec.n_window));
         let (n_token, d) = (place.end - place.first, spec.dk);
-        assert_eq!((view.query.len(), view.keys.len(), view.scores.len()), (group * d, n_token * d, group * n_token));
+        assert_eq!((view.query.len(), view.keys.len()), (group * d, n_token * d));
+        assert_eq!(view.scores.len(), group * place.end);
         let (mut union, mut missed) = (vec![false; spec.n_prefix], 0.0);
         for g in 0..group {
             let head = head_kv * group + g;
@@ -138,11 +139,15 @@ fn check(spec: &Spec, share: f32, heads: bool) {
             let list = rule.list(&place, if heads { g } else { 0 });
             let kept = |token: usize| list.contains(&(token as u32));
             let (mut near, mut far, mut cells) = (0.0, 0.0, binding.always.to_vec());
-            binding.always[..spec.n_sink].iter().for_each(|c| near += score(call, &q, *row, head, *c as usize).exp());
+            for token in 0..place.first {
+                let s = score(call, &q, *row, head, binding.cells[token] as usize);
+                close(view.scores[g * place.end + token], s, "sink's score");
+                near += s.exp();
+            }
             for token in place.first..place.end {
                 let cell = binding.cells[token];
                 let s = score(call, &q, *row, head, cell as usize);
-                close(view.scores[g * n_token + token - place.first], s, "score");
+                close(view.scores[g * place.end + token], s, "score");
                 if kept(token) {
                     near += s.exp();
                     cells.push(cell);

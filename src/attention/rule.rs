@@ -61,7 +61,7 @@ pub trait Sight {
     /// `[N][head_dim]`: the clustered keys by token, in the basis of the cache.
     fn keys(&self) -> Vec<f32>;
 
-    /// `[G][N]`: scores of the clustered keys for the queries of a row, as the softmax gets them.
+    /// `[G][end]`: scores of the sinks and the clustered keys for the queries of a row, as the softmax gets them.
     fn scores(&self, row: usize) -> Vec<f32>;
 }
 

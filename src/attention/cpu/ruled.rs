@@ -46,7 +46,7 @@ impl Sight for Ruled<'_> {
     }
 
     fn scores(&self, row: usize) -> Vec<f32> {
-        self.scores_of(row, &self.cells(self.clustered()))
+        self.scores_of(row, &self.cells(0..self.clustered().end))
     }
 }
 
@@ -133,14 +133,14 @@ impl<'a> Ruled<'a> {
         lists.iter().flatten().for_each(|token| union[*token as usize - tokens.start] = true);
         let keys = union.iter().filter(|kept| **kept).count();
         let missed = measured.then(|| {
-            let n = tokens.len();
-            let clustered = self.scores_of(pair.row, &self.cells(tokens.clone()));
-            let sinks = self.scores_of(pair.row, &lookup.binding.always[..lookup.n_sink()]);
+            let n = tokens.end;
+            let scores = self.scores(pair.row);
             let share = |g: usize| {
                 let (mut near, mut far) = (Mass::NONE, Mass::NONE);
-                sinks.chunks_exact(lookup.n_sink().max(1)).nth(g).unwrap_or(&[]).iter().for_each(|s| near.add(*s));
+                let (sinks, clustered) = scores[g * n..(g + 1) * n].split_at(tokens.start);
+                sinks.iter().for_each(|s| near.add(*s));
                 let mut list = list_of(g).iter().copied().peekable();
-                for (token, s) in tokens.clone().zip(&clustered[g * n..(g + 1) * n]) {
+                for (token, s) in tokens.clone().zip(clustered) {
                     let kept = list.next_if_eq(&(token as u32)).is_some();
                     if kept { &mut near } else { &mut far }.add(*s);
                 }
