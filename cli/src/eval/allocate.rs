@@ -1,6 +1,6 @@
 //! Settings out of what an index's calibration says of its layers.
 
-use ggml_squeeze::index::{Index, MassTarget};
+use ggml_squeeze::index::{Calibration, Index};
 
 /// Step in which budgets are handed out.
 const STEP: f32 = 0.005;
@@ -42,7 +42,7 @@ pub fn by_layer(index: &Index, share: f32) -> Vec<(u32, f32)> {
         .map(|shape| {
             let heads = first..first + shape.n_head_kv as usize;
             first = heads.end;
-            let mass = |row: &ggml_squeeze::index::Calibration| {
+            let mass = |row: &Calibration| {
                 let own = row.heads.get(heads.clone()).unwrap_or(&[]);
                 own.iter().map(|h| h.budget_mass).sum::<f32>() / own.len().max(1) as f32
             };
@@ -51,13 +51,6 @@ pub fn by_layer(index: &Index, share: f32) -> Vec<(u32, f32)> {
         })
         .collect();
     index.shapes().iter().map(|s| s.layer).zip(allocate(&curves, share)).collect()
-}
-
-/// The mass at which mass mode keeps a share of the keys, by its table.
-pub fn mass_of_share(table: &[MassTarget], share: f32) -> f32 {
-    let points: Vec<(f32, f32)> =
-        [(0.0, 0.0)].into_iter().chain(table.iter().map(|row| (row.kept, row.mass))).chain([(1.0, 1.0)]).collect();
-    at(&points, share).clamp(1e-3, 1.0)
 }
 
 #[cfg(test)]
@@ -73,15 +66,5 @@ mod tests {
         assert!((budgets.iter().sum::<f32>() / 2.0 - 0.3).abs() < STEP);
         assert_eq!(allocate(&curves, 0.01), [0.01, 0.01]);
         assert!(allocate(&curves, 1.0).iter().all(|b| *b > 1.0 - 2.0 * STEP));
-    }
-
-    #[test]
-    fn masses_are_between_the_rows_of_the_table() {
-        let row = |kept, mass| MassTarget { mass, target: mass, kept };
-        let table = [row(0.1, 0.8), row(0.3, 0.9)];
-        for (share, mass) in [(0.1, 0.8), (0.2, 0.85), (0.3, 0.9), (0.65, 0.95), (1.0, 1.0)] {
-            assert!((mass_of_share(&table, share) - mass).abs() < 1e-5, "{share}");
-        }
-        assert!((mass_of_share(&[], 0.4) - 0.4).abs() < 1e-5);
     }
 }

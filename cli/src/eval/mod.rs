@@ -2,16 +2,19 @@
 //! attention, and compared. One process holds the prefix; results are kept as they come, so that an interrupted run goes on.
 
 mod allocate;
+mod asked;
 mod longbench;
 mod plot;
 mod report;
 mod rules;
 mod runner;
+mod solve;
 mod source;
 mod store;
 mod summary;
 mod variant;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -23,13 +26,17 @@ use crate::llama::{Model, ModelArgs};
 use crate::progress::Phase;
 use crate::session::{share, SpreadArg};
 use crate::tasks::{Question, Task};
+use asked::Asked;
 use report::About;
-use runner::{Asked, Runner};
+use runner::Runner;
 use source::Source;
 use store::{key, Store};
 use summary::Answered;
 use variant::{Baseline, Build, Variant};
 
+/// Questions that calibrated modes are set on, and their tokens at most.
+const PROBES: usize = 6;
+const PROBE_TOKENS: usize = 160;
 const DEFAULT_BUDGETS: [f32; 5] = [0.1, 0.2, 0.33, 0.5, 1.0];
 
 /// Options of `sqz eval`.
@@ -81,6 +88,12 @@ pub struct EvalArgs {
     /// Also other rules, at as many bytes
     #[arg(long, value_enum, value_delimiter = ',', value_name = "LIST")]
     baselines: Vec<Baseline>,
+    /// Also llama.cpp's own kernels: what rounding alone does
+    #[arg(long)]
+    stock: bool,
+    /// Questions of each task on which recall is measured, which takes as long as dense attention
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    recall: usize,
     /// Spread bonus of budgets, thresholds and masses
     #[arg(long, value_delimiter = ',', value_enum, default_value = "diag")]
     spread: Vec<SpreadArg>,
@@ -124,8 +137,15 @@ impl EvalArgs {
 /// A question of a prefix with the keys of its results.
 struct Keyed<'a> {
     question: &'a Question,
+    /// Recall is measured on it.
+    recall: bool,
     reference: String,
     outcomes: Vec<String>,
+}
+
+/// Options that all results depend on.
+fn settings(args: &EvalArgs, usual: Build) -> String {
+    format!("{} {} {usual:?} {:?} {}", args.stepwise, args.cluster.window, args.spread[0], args.estimate)
 }
 
 /// Keys of everything that is to be measured behind a prefix.
@@ -136,16 +156,20 @@ fn keyed<'a>(
     variants: &[Variant],
     usual: Build,
 ) -> Result<Vec<Keyed<'a>>> {
-    let settings = format!("{} {} {:?}", args.stepwise, args.cluster.window, usual);
+    let settings = settings(args, usual);
     let variants = variants.iter().map(|v| {
         // What a label or a series is called does not matter.
         Ok(serde_json::to_string(&(v.how, v.amount))?)
     });
     let variants = variants.collect::<Result<Vec<String>>>()?;
+    let mut asked: HashMap<&str, usize> = HashMap::new();
     let keyed = |question: &'a Question| -> Result<Keyed<'a>> {
+        let n = asked.entry(&question.task).or_default();
+        *n += 1;
+        let recall = *n <= args.recall;
         let text = serde_json::to_string(question)?;
-        let outcome = |v: &String| key(&[of, &text, &settings, &format!("{:?} {}", args.spread[0], args.estimate), v]);
-        Ok(Keyed { question, reference: key(&[of, &text]), outcomes: variants.iter().map(outcome).collect() })
+        let outcome = |v: &String| key(&[of, &text, &settings, &format!("{recall}"), v]);
+        Ok(Keyed { question, recall, reference: key(&[of, &text]), outcomes: variants.iter().map(outcome).collect() })
     };
     questions.iter().map(keyed).collect()
 }
@@ -191,8 +215,27 @@ fn measure(
     let folder = args.output.as_ref().map_or(temporary.clone(), |path| path.with_extension("work"));
     let prepared = source::prepare(args, model, source, &builds, &folder, of)?;
     let asked = missing.iter().map(|k| Asked::new(model, source, k.question)).collect::<Result<Vec<_>>>()?;
-    let slack = asked.iter().map(Asked::n_token).max().unwrap_or(0);
+    // The same whatever is missing.
+    let step = keyed.len().div_ceil(PROBES).max(1);
+    let probe = keyed.iter().step_by(step).map(|k| Asked::new(model, source, k.question));
+    let probe: Vec<i32> =
+        probe.collect::<Result<Vec<_>>>()?.into_iter().flat_map(|a| [a.tokens, a.right].concat()).collect();
+    let probe = &probe[..probe.len().min(PROBE_TOKENS)];
+    let slack = asked.iter().map(Asked::n_token).max().unwrap_or(0).max(probe.len());
     let mut runner = Runner::open(args, model, &prepared, usual, slack)?;
+    for variant in variants.iter().filter(|v| v.is_solved()) {
+        let name = key(&[
+            of,
+            &format!("{probe:?}"),
+            &settings(args, usual),
+            &serde_json::to_string(&(variant.how, variant.amount))?,
+        ]);
+        let known = store.setting(&name);
+        let value = runner.solve(variant, &probe, known)?;
+        if known.is_none() {
+            store.add_setting(&name, value)?;
+        }
+    }
     let phase = Phase::new("eval", missing.len());
     let mut in_time = true;
     'questions: for (i, (k, asked)) in missing.iter().zip(&asked).enumerate() {
@@ -204,7 +247,7 @@ fn measure(
         for (j, (variant, name)) in variants.iter().zip(&k.outcomes).enumerate() {
             if store.outcome(name).is_none() {
                 let outcome = runner
-                    .outcome(variant, asked, &reference, &dense)
+                    .outcome(variant, asked, &reference, &dense, k.recall)
                     .with_context(|| format!("question {} with {}", k.question.id, variant.label))?;
                 store.add_outcome(name, outcome)?;
             }

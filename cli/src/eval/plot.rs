@@ -64,6 +64,17 @@ fn text(size: i32) -> TextStyle<'static> {
     TextStyle::from(("sans-serif", size).into_font()).color(&INK)
 }
 
+/// Two digits that count.
+fn short(y: f64) -> String {
+    let digits = (1.0 - y.abs().max(1e-12).log10().floor()).clamp(0.0, 12.0) as usize;
+    let text = format!("{y:.digits$}");
+    if text.contains('.') {
+        text.trim_end_matches('0').trim_end_matches('.').to_string()
+    } else {
+        text
+    }
+}
+
 /// Draws a chart.
 ///
 /// # Errors
@@ -135,7 +146,7 @@ fn draw_on<DB: DrawingBackend>(
         .y_desc(chart.y)
         .x_label_formatter(&|x| if (right - left) > 3.0 { format!("{x:.0}") } else { format!("{x:.2}") })
         .y_label_formatter(&|y| match chart.log {
-            true => format!("{:.1e}", 10f64.powf(*y)),
+            true => short(10f64.powf(*y)),
             false => format!("{y:.2}"),
         })
         .draw()?;
@@ -192,6 +203,13 @@ mod tests {
             }
             assert!(!svg.contains(INK_AS_WRITTEN) && !svg.contains("http") && svg.starts_with("<svg viewBox"));
             assert!(!svg.contains("NaN") && !svg.contains("inf"));
+        }
+    }
+
+    #[test]
+    fn numbers_of_a_logarithmic_axis_are_short() {
+        for (y, text) in [(0.0316, "0.032"), (0.1, "0.1"), (0.00316, "0.0032"), (31.6, "32"), (1.0, "1")] {
+            assert_eq!(short(y), text);
         }
     }
 

@@ -172,7 +172,8 @@ fn curves(rows: &[Row], names: &[String], task: Option<&str>, what: &str) -> Res
 /// Recall by layer of each series, at the variant whose bytes are nearest to a share.
 fn layers(rows: &[Row], names: &[String], share: f64) -> Result<String> {
     let line = |(colour, name): (usize, &String)| {
-        let own = rows.iter().filter(|r| r.series == *name && !r.layers.is_empty());
+        let is_measured = |r: &&Row| r.layers.iter().any(|l| l.sums.measured > 0.0);
+        let own = rows.iter().filter(|r| r.series == *name).filter(is_measured);
         let far = |r: &&Row| (r.all.bytes - share).abs();
         let row = own.min_by(|a, b| far(a).total_cmp(&far(b)))?;
         let point = |l: &super::store::LayerSums| {

@@ -9,123 +9,26 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
-use anyhow::{ensure, Context as _, Result};
+use anyhow::{bail, ensure, Context as _, Result};
 use ggml_squeeze::attention::rule::RuleSetting;
 use ggml_squeeze::attention::{keys_of_share, Mode, Spread};
 use ggml_squeeze::backend;
-use ggml_squeeze::config::ModeSetting;
+use ggml_squeeze::config::{ModeSetting, THRESHOLD_FLOOR};
 use ggml_squeeze::index::Index;
 
 use super::allocate::by_layer;
+use super::asked::{score, Asked};
 use super::rules::bytes::Layer;
 use super::rules::{Method, Shared, Sums, Working};
-use super::source::{Prepared, Source};
+use super::solve::solve;
+use super::source::Prepared;
 use super::store::{LayerSums, Outcome, Reference};
 use super::variant::{Amount, Baseline, Build, How, Kind, Sparse, Variant};
 use super::EvalArgs;
 use crate::llama::{Context, Model, Outputs};
-use crate::metrics::{self, text};
+use crate::metrics;
 use crate::session::{Attention, Session};
-use crate::tasks::{Metric, Question, Want};
-
-/// A question in tokens.
-pub struct Asked {
-    pub question: Question,
-    /// What follows the prefix up to the answer.
-    pub tokens: Vec<i32>,
-    /// What is right, if it is one text, with what is given between answers.
-    pub right: Vec<i32>,
-    /// Answers in it.
-    pub spans: Vec<Range<usize>>,
-}
-
-impl Asked {
-    /// # Errors
-    /// The prompt has no tokens.
-    pub fn new(model: &Model, source: &Source, question: &Question) -> Result<Asked> {
-        let mut whole = format!("{}{}", source.text, question.prompt);
-        let mut spans: Vec<Range<usize>> = Vec::new();
-        let mut add = |whole: &mut String, given: &str, answer: &str| {
-            whole.push_str(given);
-            spans.push(whole.len()..whole.len() + answer.len());
-            whole.push_str(answer);
-        };
-        match &question.want {
-            Want::Parts(parts) => parts.iter().for_each(|p| add(&mut whole, &p.given, &p.answer)),
-            Want::Text(text) => add(&mut whole, "", text),
-            _ => {}
-        }
-        let tokens = model.tokenise(&whole, true)?;
-        let rest = match tokens.strip_prefix(source.tokens.as_slice()) {
-            Some(rest) => rest.to_vec(),
-            // Text with characters that do not survive the way back (chat markers): what follows by itself.
-            None => model.tokenise(&whole[source.text.len()..], false)?,
-        };
-        ensure!(!rest.is_empty(), "question {} has no tokens", question.id);
-        // Bytes from the start of each token to the end: the way there and back may add or take a space at the very start.
-        let length = |n: usize| model.text(&rest[..n]).len();
-        let total = length(rest.len());
-        let to_end: Vec<usize> = (0..=rest.len()).map(|n| total - length(n).min(total)).collect();
-        let tokens_of = |span: &Range<usize>| {
-            let (from, to) = (whole.len() - span.start, whole.len() - span.end);
-            let first = (0..rest.len()).find(|i| to_end[i + 1] < from).unwrap_or(rest.len());
-            let end = (first..rest.len()).find(|i| to_end[*i] <= to).unwrap_or(rest.len());
-            first..end
-        };
-        let spans: Vec<Range<usize>> = spans.iter().map(tokens_of).filter(|s| !s.is_empty()).collect();
-        let start = spans.first().map_or(rest.len(), |s| s.start).max(1);
-        let end = spans.last().map_or(start, |s| s.end);
-        Ok(Asked {
-            question: question.clone(),
-            tokens: rest[..start].to_vec(),
-            right: rest[start..end.max(start)].to_vec(),
-            spans: spans.into_iter().map(|s| s.start.max(start) - start..s.end.max(start) - start).collect(),
-        })
-    }
-
-    /// Cells that it needs.
-    pub fn n_token(&self) -> usize {
-        self.tokens.len() + self.right.len().max(self.question.n_predict)
-    }
-
-    /// Is the text itself fed, not an answer?
-    fn is_text(&self) -> bool {
-        matches!(self.question.want, Want::Text(_))
-    }
-
-    /// Has it a right answer that is fed?
-    fn is_fed(&self) -> bool {
-        matches!(self.question.want, Want::Parts(_) | Want::Text(_))
-    }
-
-    fn is_answer(&self, i: usize) -> bool {
-        self.spans.iter().any(|s| s.contains(&i))
-    }
-
-    /// Share of the answers all of whose tokens are the most likely ones.
-    fn share_right(&self, choice: &[i32]) -> f64 {
-        let right = self.spans.iter().filter(|s| choice[(*s).clone()] == self.right[(*s).clone()]).count();
-        right as f64 / self.spans.len().max(1) as f64
-    }
-}
-
-/// The score of an answer in words; none for what is fed.
-pub fn score(want: &Want, answer: &str) -> Option<f64> {
-    match want {
-        Want::Nothing | Want::Text(_) | Want::Parts(_) => None,
-        Want::OneOf(right) => Some(f64::from(right.iter().any(|r| answer.trim_start().starts_with(r.trim_start())))),
-        Want::Words(words) => Some(text::share_of_words(answer, words)),
-        Want::Metric(metric, right) => {
-            let of = match metric {
-                Metric::F1 => text::f1,
-                Metric::RougeL => text::rouge_l,
-                Metric::Exact => text::exact,
-                Metric::Edit => text::edit,
-            };
-            right.iter().map(|r| of(answer, r)).max_by(f64::total_cmp)
-        }
-    }
-}
+use crate::tasks::Want;
 
 /// A variant on the prefix at hand.
 struct Ready {
@@ -134,6 +37,32 @@ struct Ready {
     working: Option<Arc<Working>>,
     method: Method,
     layers: HashMap<u32, Layer>,
+}
+
+/// A calibrated mode by its number: the logarithm of a threshold, or minus that of what mass mode leaves out.
+fn solved_mode(sparse: &Sparse, x: f64, share: f32) -> Mode {
+    match sparse.kind {
+        Kind::Mass => Mode::Mass((1.0 - (-x).exp()).clamp(0.0, 1.0) as f32),
+        _ if sparse.floorless => Mode::Threshold { threshold: x.exp() as f32, floor: 0.0 },
+        _ => Mode::Threshold { threshold: x.exp() as f32, floor: THRESHOLD_FLOOR.min(share / 2.0) },
+    }
+}
+
+/// Where to look for that number first: by the index's table.
+fn start_of(sparse: &Sparse, index: &Index, share: f32) -> f64 {
+    let meta = index.meta();
+    let far = |kept: f32| (kept - share).abs();
+    let x = match sparse.kind {
+        Kind::Mass => {
+            let row = meta.mass_targets.iter().min_by(|a, b| far(a.kept).total_cmp(&far(b.kept)));
+            row.map(|row| -f64::from(1.0 - row.target).max(1e-6).ln())
+        }
+        _ => {
+            let row = meta.calibration.iter().min_by(|a, b| far(a.budget).total_cmp(&far(b.budget)));
+            row.map(|row| f64::from(row.threshold.max(1e-9)).ln())
+        }
+    };
+    x.unwrap_or(if sparse.kind == Kind::Mass { 2.0 } else { -8.0 })
 }
 
 /// The dense logits of a question, `[tokens][n_vocab]`.
@@ -155,6 +84,8 @@ pub struct Runner<'a> {
     usual: Build,
     shared: Arc<Shared>,
     ready: HashMap<String, Arc<Ready>>,
+    /// Numbers of calibrated modes, by label.
+    solved: HashMap<String, f64>,
 }
 
 impl<'a> Runner<'a> {
@@ -175,8 +106,8 @@ impl<'a> Runner<'a> {
         let mut indexes = prepared.indexes.iter().map(open).collect::<Result<Vec<_>>>()?;
         indexes.sort_by_key(|(build, _)| *build != usual);
         let short = Context::new(model, &args.model, slack + 16, None)?;
-        let (shared, ready) = (Arc::default(), HashMap::new());
-        Ok(Runner { session, short, model, args, indexes, present: 0, usual, shared, ready })
+        let (shared, ready, solved) = (Arc::default(), HashMap::new(), HashMap::new());
+        Ok(Runner { session, short, model, args, indexes, present: 0, usual, shared, ready, solved })
     }
 
     fn types(&self) -> [ggml_squeeze::attention::Element; 2] {
@@ -208,42 +139,76 @@ impl<'a> Runner<'a> {
         }
     }
 
+    /// Share of the `P - W` keys, sinks counted, that a sparse variant keeps on average.
+    fn share(&self, sparse: &Sparse, amount: Amount, index: &Index) -> f32 {
+        if let Amount::Nominal(share) = amount {
+            return share;
+        }
+        let (meta, n_layer) = (index.meta(), index.shapes().len().max(1) as f64);
+        let method = Method::Index { spread: sparse.spread(), estimate: sparse.estimate };
+        let keys = self.layers(index).values().map(|l| l.keys(method, self.bytes(amount), 0.0) as f64).sum::<f64>();
+        let share = (keys / n_layer + f64::from(meta.n_sink)) / (meta.n_prefix() - meta.n_window as usize) as f64;
+        share.clamp(1e-4, 1.0) as f32
+    }
+
     /// The mode of a sparse variant: the setting of all layers, and those of layers that have their own.
-    fn mode(&self, sparse: &Sparse, amount: Amount, index: &Index) -> (ModeSetting, Option<BTreeMap<u32, Mode>>) {
-        let meta = index.meta();
-        let (n_prefix, n_window) = (meta.n_prefix(), meta.n_window as usize);
-        let shapes = index.shapes();
-        let n_layer = shapes.len().max(1);
-        let nominal = match amount {
-            Amount::Nominal(x) => x,
-            _ => {
-                let method = Method::Index { spread: sparse.spread(), estimate: sparse.estimate };
-                let layers = self.layers(index);
-                let keys: f64 = layers.values().map(|l| l.keys(method, self.bytes(amount), 0.0) as f64).sum::<f64>();
-                let share = (keys / n_layer as f64 + f64::from(meta.n_sink)) / (n_prefix - n_window) as f64;
-                share.clamp(1e-4, 1.0) as f32
-            }
-        };
-        let dense = shapes.iter().filter(|s| s.layer < sparse.dense_layers).count();
+    fn mode(&self, label: &str, sparse: &Sparse, amount: Amount, index: &Index) -> (ModeSetting, BTreeMap<u32, Mode>) {
+        let (shapes, share) = (index.shapes(), self.share(sparse, amount, index));
+        let is_dense = |layer: u32| layer < sparse.dense_layers;
+        let (n_layer, dense) = (shapes.len().max(1), shapes.iter().filter(|s| is_dense(s.layer)).count());
         // The others have what dense layers leave.
         let share = match (dense, amount) {
-            (0, _) | (_, Amount::Nominal(_)) => nominal,
-            _ => ((nominal * n_layer as f32 - dense as f32) / (n_layer - dense).max(1) as f32).max(1e-4),
+            (0, _) | (_, Amount::Nominal(_)) => share,
+            _ => ((share * n_layer as f32 - dense as f32) / (n_layer - dense).max(1) as f32).max(1e-4),
         };
-        let at_share = |kind: Kind| match (kind, amount) {
-            (Kind::Budget, _) => ModeSetting::Budget(share),
-            (Kind::Threshold, _) => ModeSetting::Threshold(share),
-            (Kind::Mass, Amount::Nominal(x)) => ModeSetting::Mass(x),
-            (Kind::Mass, _) => ModeSetting::Mass(super::allocate::mass_of_share(&meta.mass_targets, share)),
+        let mut own = BTreeMap::new();
+        if sparse.per_layer {
+            own.extend(by_layer(index, share).into_iter().map(|(layer, b)| (layer, Mode::Budget(b))));
+        }
+        if let Some(x) = self.solved.get(label) {
+            own.extend(shapes.iter().map(|s| (s.layer, solved_mode(sparse, *x, share))));
+        }
+        own.extend((0..sparse.dense_layers).map(|layer| (layer, Mode::Budget(1.0))));
+        let setting = match sparse.kind {
+            Kind::Budget => ModeSetting::Budget(share),
+            Kind::Threshold => ModeSetting::Threshold(share),
+            Kind::Mass => ModeSetting::Mass(share),
         };
-        let own: BTreeMap<u32, Mode> = if sparse.per_layer {
-            by_layer(index, share).into_iter().map(|(layer, b)| (layer, Mode::Budget(b))).collect()
-        } else {
-            BTreeMap::new()
+        (setting, own)
+    }
+
+    /// Finds the number of a calibrated mode at which `probe`, fed behind the prefix, reads as much as it is to; or takes the one that
+    /// is known.
+    pub fn solve(&mut self, variant: &Variant, probe: &[i32], known: Option<f64>) -> Result<f64> {
+        let How::Sparse(sparse) = variant.how else { bail!("{} has no calibrated mode", variant.label) };
+        let build = variant.build(self.usual);
+        let index = self.indexes[self.number(build)?].1.clone();
+        let wanted = self.share(&sparse, variant.amount, &index);
+        let x = match known {
+            Some(x) => x,
+            None => {
+                let start = start_of(&sparse, &index, wanted);
+                solve(start, wanted.into(), &mut |x| {
+                    self.solved.insert(variant.label.clone(), x);
+                    self.ready.remove(&variant.label);
+                    let ready = self.ready(variant)?;
+                    self.apply(ready.attention, Some((&ready, build)), false);
+                    self.session.context.truncate(self.session.n_prefix)?;
+                    self.decode(probe, Outputs::Last, Some(&ready))?;
+                    ready.attention.check()?;
+                    let mut out = Outcome::default();
+                    self.read(&ready, &mut out)?;
+                    Ok(out.read.kept)
+                })?
+            }
         };
-        let dense = (0..sparse.dense_layers).map(|layer| (layer, Mode::Budget(1.0)));
-        let layers: BTreeMap<u32, Mode> = own.into_iter().chain(dense).collect();
-        (at_share(sparse.kind), (!layers.is_empty()).then_some(layers))
+        self.solved.insert(variant.label.clone(), x);
+        self.ready.remove(&variant.label);
+        Ok(x)
+    }
+
+    fn number(&self, build: Build) -> Result<usize> {
+        self.indexes.iter().position(|(known, _)| *known == build).context("an index of this build was made")
     }
 
     fn ready(&mut self, variant: &Variant) -> Result<Arc<Ready>> {
@@ -251,8 +216,7 @@ impl<'a> Runner<'a> {
             return Ok(ready.clone());
         }
         let build = variant.build(self.usual);
-        let number =
-            self.indexes.iter().position(|(known, _)| *known == build).context("an index of this build was made")?;
+        let number = self.number(build)?;
         let index = self.indexes[number].1.clone();
         let layers = self.layers(&index);
         let stock = Method::Index { spread: Spread::None, estimate: false };
@@ -260,7 +224,7 @@ impl<'a> Runner<'a> {
             How::Stock => Ready { attention: Attention::Stock, estimate: false, working: None, method: stock, layers },
             How::Sparse(sparse) => {
                 let method = Method::Index { spread: sparse.spread(), estimate: sparse.estimate };
-                let (mode, own) = self.mode(&sparse, variant.amount, &index);
+                let (mode, own) = self.mode(&variant.label, &sparse, variant.amount, &index);
                 let attention = Attention::Sparse(mode, sparse.spread(), sparse.tile);
                 let working = Working::new(method, 1.0, layers.clone(), self.shared.clone());
                 let working = working.with(own, Some(sparse.alpha), sparse.floorless);
@@ -290,7 +254,7 @@ impl<'a> Runner<'a> {
     }
 
     /// Puts a way to attend in force.
-    fn apply(&mut self, attention: Attention, ready: Option<(&Ready, Build)>) {
+    fn apply(&mut self, attention: Attention, ready: Option<(&Ready, Build)>, measure: bool) {
         if let Some((_, build)) = ready {
             let number = self.indexes.iter().position(|(known, _)| *known == build).unwrap_or(0);
             if number != self.present {
@@ -298,8 +262,7 @@ impl<'a> Runner<'a> {
                 self.present = number;
             }
         }
-        let (estimate, sparse) = (ready.is_some_and(|r| r.0.estimate), matches!(attention, Attention::Sparse(..)));
-        attention.apply(estimate, sparse);
+        attention.apply(ready.is_some_and(|r| r.0.estimate), measure);
         let working = ready.and_then(|r| r.0.working.clone());
         backend::configure(|config| config.rule = working.map(|w| RuleSetting(w as Arc<_>)));
     }
@@ -322,29 +285,44 @@ impl<'a> Runner<'a> {
         Ok(given)
     }
 
-    /// Feeds question and answer; `see(i, logits)` gets the logits that predict answer token i.
+    /// Feeds question and answer; `see(i, logits)` gets the logits that predict answer token i. With `first`, the logits behind the
+    /// question, that is in the cache already.
     fn feed(
         &mut self,
         question: &[i32],
         answer: &[i32],
         ready: Option<&Ready>,
+        first: Option<&[f32]>,
         mut see: impl FnMut(usize, &[f32]),
     ) -> Result<()> {
-        self.session.context.truncate(self.session.n_prefix)?;
-        let last = question.len() - 1;
+        let given = &answer[..answer.len() - 1];
+        let fed = if let Some(first) = first {
+            self.session.context.truncate(self.session.n_prefix + question.len())?;
+            see(0, first);
+            0
+        } else {
+            self.session.context.truncate(self.session.n_prefix)?;
+            question.len()
+        };
+        let batch = [&question[..fed], given].concat();
+        if batch.is_empty() {
+            return Ok(());
+        }
         if self.args.stepwise {
-            self.decode(question, Outputs::Last, ready)?;
-            see(0, self.session.context.logits(last)?);
-            for i in 1..answer.len() {
-                self.decode(&answer[i - 1..i], Outputs::Last, ready)?;
-                see(i, self.session.context.logits(0)?);
+            if fed > 0 {
+                self.decode(question, Outputs::Last, ready)?;
+                see(0, self.session.context.logits(fed - 1)?);
+            }
+            for (i, token) in given.iter().enumerate() {
+                self.decode(std::slice::from_ref(token), Outputs::Last, ready)?;
+                see(i + 1, self.session.context.logits(0)?);
             }
             return Ok(());
         }
-        let batch = [question, &answer[..answer.len() - 1]].concat();
-        self.decode(&batch, Outputs::From(last), ready)?;
-        for i in 0..answer.len() {
-            see(i, self.session.context.logits(last + i)?);
+        self.decode(&batch, Outputs::From(fed.saturating_sub(1)), ready)?;
+        // The row of token j of the batch predicts token j + 1 - fed of the answer.
+        for row in fed.saturating_sub(1)..batch.len() {
+            see(row + 1 - fed, self.session.context.logits(row)?);
         }
         Ok(())
     }
@@ -366,7 +344,7 @@ impl<'a> Runner<'a> {
 
     /// Dense attention's answer, with its logits. A reference that is known is not generated again.
     pub fn reference(&mut self, asked: &Asked, known: Option<&Reference>) -> Result<(Reference, Dense)> {
-        self.apply(Attention::Forced, None);
+        self.apply(Attention::Forced, None, false);
         let mut out = known.cloned().unwrap_or_default();
         let mut dense = Dense::default();
         if !asked.is_text() {
@@ -378,10 +356,14 @@ impl<'a> Runner<'a> {
                 out.answer = self.model.text(&out.tokens);
                 out.score = score(&asked.question.want, &out.answer);
             }
-            self.feed(&asked.tokens, &out.tokens, None, |_, logits| dense.answer.extend_from_slice(logits))?;
+            self.feed(&asked.tokens, &out.tokens, None, None, |_, logits| dense.answer.extend_from_slice(logits))?;
         }
-        if asked.is_fed() && !asked.right.is_empty() {
-            self.feed(&asked.tokens, &asked.right, None, |_, logits| dense.right.extend_from_slice(logits))?;
+        if asked.is_fed() {
+            let behind = dense.answer.get(..self.model.n_vocab()).map(<[f32]>::to_vec);
+            let right = &mut dense.right;
+            self.feed(&asked.tokens, &asked.right, None, behind.as_deref(), |_, logits| {
+                right.extend_from_slice(logits)
+            })?;
             let rows = dense.right.chunks_exact(self.model.n_vocab());
             let choice: Vec<i32> = rows.clone().map(metrics::argmax).collect();
             let losses = rows.zip(&asked.right).enumerate().filter(|(i, _)| asked.is_answer(*i));
@@ -389,24 +371,25 @@ impl<'a> Runner<'a> {
             out.score = (!asked.is_text()).then(|| asked.share_right(&choice));
         }
         Attention::Forced.check()?;
-        if known.is_none() && asked.is_fed() && !asked.right.is_empty() {
+        if known.is_none() && asked.is_fed() {
             out.short_losses = self.short_losses(asked)?;
         }
         Ok((out, dense))
     }
 
-    /// What a variant makes of a question.
+    /// What a variant makes of a question; `recall`: what it misses is measured too.
     pub fn outcome(
         &mut self,
         variant: &Variant,
         asked: &Asked,
         reference: &Reference,
         dense: &Dense,
+        recall: bool,
     ) -> Result<Outcome> {
         let (n_vocab, now) = (self.model.n_vocab(), self.ready(variant)?);
         let now = &*now;
         let ready = Some(now);
-        self.apply(now.attention, Some((now, variant.build(self.usual))));
+        self.apply(now.attention, Some((now, variant.build(self.usual))), recall);
         let mut out = Outcome::default();
         let mut compare = |logits: &[f32], dense: &[f32], choice: &mut Vec<i32>| {
             out.kl.push(metrics::kl(dense, logits));
@@ -418,11 +401,14 @@ impl<'a> Runner<'a> {
             debug_assert!((i + 1) * n_vocab <= dense.len());
             i * n_vocab..(i + 1) * n_vocab
         };
-        let (mut said, mut choice) = (Vec::new(), Vec::new());
+        let (mut said, mut choice, mut behind) = (Vec::new(), Vec::new(), None);
         let mut losses = Vec::new();
-        let begins_right = !asked.right.is_empty() && reference.tokens.starts_with(&asked.right);
+        let begins_right = asked.is_fed() && reference.tokens.starts_with(&asked.right);
         if !asked.is_text() {
-            self.feed(&asked.tokens, &reference.tokens, ready, |i, logits| {
+            self.feed(&asked.tokens, &reference.tokens, ready, None, |i, logits| {
+                if i == 0 {
+                    behind = Some(logits.to_vec());
+                }
                 compare(logits, &dense.answer[row(&dense.answer, i)], &mut said);
                 if begins_right && i < asked.right.len() && asked.is_answer(i) {
                     losses.push(metrics::loss(logits, asked.right[i]));
@@ -431,8 +417,8 @@ impl<'a> Runner<'a> {
         }
         if begins_right {
             choice = said[..asked.right.len()].to_vec();
-        } else if asked.is_fed() && !asked.right.is_empty() {
-            self.feed(&asked.tokens, &asked.right, ready, |i, logits| {
+        } else if asked.is_fed() {
+            self.feed(&asked.tokens, &asked.right, ready, behind.as_deref(), |i, logits| {
                 if asked.is_answer(i) {
                     losses.push(metrics::loss(logits, asked.right[i]));
                 }
@@ -448,7 +434,7 @@ impl<'a> Runner<'a> {
         if asked.is_text() {
             return Ok(out);
         }
-        if asked.is_fed() && !asked.right.is_empty() {
+        if asked.is_fed() {
             out.score = Some(asked.share_right(&choice));
             // Right tokens, and the first wrong one.
             let wrong =
@@ -475,7 +461,7 @@ impl<'a> Runner<'a> {
     /// own counters alone.
     fn read(&self, ready: &Ready, out: &mut Outcome) -> Result<()> {
         let Attention::Sparse(_, _, tile) = ready.attention else {
-            out.read = Sums { n: 1.0, kept: 1.0, bytes: 1.0, missed: 0.0 };
+            out.read = Sums { n: 1.0, kept: 1.0, bytes: 1.0, missed: 0.0, measured: 1.0 };
             return Ok(());
         };
         let layers = ready.working.as_ref().map(|w| w.take()).unwrap_or_default();
@@ -492,7 +478,9 @@ impl<'a> Runner<'a> {
             };
             let dense: f64 = ready.layers.values().map(Layer::dense).sum();
             let bytes = ready.layers.values().map(read).sum::<f64>() / dense;
-            out.read = Sums { n: 1.0, kept: stats.kept_share, bytes, missed: stats.missed_share.unwrap_or(0.0) };
+            let missed = stats.missed_share;
+            let measured = f64::from(u8::from(missed.is_some()));
+            out.read = Sums { n: 1.0, kept: stats.kept_share, bytes, missed: missed.unwrap_or(0.0), measured };
             return Ok(());
         }
         let mut all = Sums::default();
@@ -500,39 +488,5 @@ impl<'a> Runner<'a> {
         out.read = all.mean();
         out.layers = layers.into_iter().map(|(layer, sums)| LayerSums { layer, sums: sums.mean() }).collect();
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn answers_are_scored_as_the_question_wants() {
-        let words = |w: &[&str]| w.iter().map(|w| w.to_string()).collect::<Vec<_>>();
-        let of = |want: Want, answer: &str| score(&want, answer);
-        assert_eq!(of(Want::OneOf(words(&[" figs", " rice"])), " rice.\nIn"), Some(1.0));
-        assert_eq!(of(Want::OneOf(words(&[" figs"])), " rice and figs"), Some(0.0));
-        assert_eq!(of(Want::Words(words(&["soap", "ink"])), " ink, ink"), Some(0.5));
-        assert_eq!(of(Want::Metric(Metric::F1, words(&["red fox", "dog"])), " a dog"), Some(1.0));
-        assert_eq!(of(Want::Metric(Metric::Exact, words(&["x"])), "y"), Some(0.0));
-        assert_eq!(of(Want::Nothing, "x"), None);
-    }
-
-    #[test]
-    fn answers_between_what_is_given_count_one_by_one() {
-        let question = Question {
-            id: "q".into(),
-            task: "t".into(),
-            prompt: "p".into(),
-            want: Want::Parts(Vec::new()),
-            depth: None,
-            n_predict: 4,
-        };
-        let asked = Asked { question, tokens: vec![9], right: vec![1, 2, 3, 4, 5], spans: vec![0..2, 3..5] };
-        assert_eq!(asked.share_right(&[1, 2, 0, 4, 5]), 1.0);
-        assert_eq!(asked.share_right(&[1, 0, 3, 4, 5]), 0.5);
-        assert_eq!(asked.share_right(&[0, 0, 0, 0, 0]), 0.0);
-        assert_eq!((asked.is_answer(2), asked.is_answer(4), asked.n_token()), (false, true, 6));
     }
 }

@@ -67,6 +67,7 @@ pub struct Outcome {
 enum Line {
     Reference { key: String, result: Reference },
     Outcome { key: String, result: Outcome },
+    Setting { key: String, result: f64 },
 }
 
 /// The results of earlier runs, and the file that new ones go to.
@@ -75,6 +76,7 @@ pub struct Store {
     file: Option<(PathBuf, File)>,
     references: HashMap<String, Reference>,
     outcomes: HashMap<String, Outcome>,
+    settings: HashMap<String, f64>,
 }
 
 impl Store {
@@ -96,6 +98,7 @@ impl Store {
             match serde_json::from_slice(line) {
                 Ok(Line::Reference { key, result }) => drop(store.references.insert(key, result)),
                 Ok(Line::Outcome { key, result }) => drop(store.outcomes.insert(key, result)),
+                Ok(Line::Setting { key, result }) => drop(store.settings.insert(key, result)),
                 Err(_) => {}
             }
         }
@@ -119,6 +122,17 @@ impl Store {
 
     pub fn outcome(&self, key: &str) -> Option<&Outcome> {
         self.outcomes.get(key)
+    }
+
+    /// A calibrated mode's setting.
+    pub fn setting(&self, key: &str) -> Option<f64> {
+        self.settings.get(key).copied()
+    }
+
+    pub fn add_setting(&mut self, key: &str, result: f64) -> Result<()> {
+        self.write(&Line::Setting { key: key.to_string(), result })?;
+        self.settings.insert(key.to_string(), result);
+        Ok(())
     }
 
     pub fn add_reference(&mut self, key: &str, result: Reference) -> Result<()> {
@@ -149,12 +163,13 @@ mod tests {
             let mut store = Store::open(Some(&path), false).unwrap();
             store.add_reference("q", reference.clone()).unwrap();
             store.add_outcome("a", outcome.clone()).unwrap();
+            store.add_setting("s", -3.25).unwrap();
         }
         let whole = std::fs::read(&path).unwrap();
         std::fs::write(&path, [&whole[..], b"{\"outcome\":{\"key\":\"b\",\"res"].concat()).unwrap();
         let mut store = Store::open(Some(&path), false).unwrap();
         assert_eq!((store.reference("q"), store.outcome("a")), (Some(&reference), Some(&outcome)));
-        assert_eq!(store.outcome("b"), None);
+        assert_eq!((store.outcome("b"), store.setting("s")), (None, Some(-3.25)));
         store.add_outcome("b", outcome.clone()).unwrap();
         let store = Store::open(Some(&path), false).unwrap();
         assert_eq!(store.outcome("b"), Some(&outcome));

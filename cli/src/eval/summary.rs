@@ -29,7 +29,7 @@ pub struct Numbers {
     /// Shares of the prefix's keys and bytes, and of its attention mass on keys that were attended to.
     pub kept: f64,
     pub bytes: f64,
-    pub recall: f64,
+    pub recall: Option<f64>,
     /// Mean over tasks of the mean over questions, of the mean over answer tokens.
     pub kl: Interval,
     pub kl_p95: f64,
@@ -92,6 +92,7 @@ fn numbers(groups: &[Vec<Pair<'_>>]) -> Numbers {
         groups.iter().map(|g| g.iter().filter_map(f).collect()).collect()
     };
     let read: Vec<&Sums> = all.iter().map(|(_, o)| &o.read).collect();
+    let missed: Vec<f64> = read.iter().filter(|r| r.measured > 0.0).map(|r| r.missed).collect();
     let mean_of = |f: fn(&Sums) -> f64| mean(&read.iter().map(|r| f(r)).collect::<Vec<f64>>());
     let kl: Vec<f64> = all.iter().flat_map(|(_, o)| o.kl.iter().copied()).collect();
     let losses: Vec<f64> = all.iter().flat_map(|(_, o)| o.losses.iter().copied()).collect();
@@ -103,7 +104,7 @@ fn numbers(groups: &[Vec<Pair<'_>>]) -> Numbers {
         questions: all.len(),
         kept: mean_of(|r| r.kept),
         bytes: mean_of(|r| r.bytes),
-        recall: 1.0 - mean_of(|r| r.missed),
+        recall: (!missed.is_empty()).then(|| 1.0 - mean(&missed)),
         kl: interval(&of(&|(_, o)| (!o.kl.is_empty()).then(|| mean(&o.kl)))).unwrap_or_default(),
         kl_p95: quantile(&kl, 0.95),
         top1: 100.0 * all.iter().map(|(_, o)| o.same).sum::<usize>() as f64 / kl.len().max(1) as f64,
@@ -125,7 +126,7 @@ fn row(variant: &str, series: &str, tasks: &[String], pairs: &[(&str, Pair<'_>)]
     let mut layers: Vec<LayerSums> = Vec::new();
     for layer in pairs.iter().flat_map(|p| &p.1 .1.layers) {
         // Each question weighs the same.
-        let sums = Sums { n: 1.0, ..layer.sums };
+        let sums = Sums { n: 1.0, measured: layer.sums.measured.min(1.0), ..layer.sums };
         match layers.iter_mut().find(|l| l.layer == layer.layer) {
             Some(known) => known.sums.add(&sums),
             None => layers.push(LayerSums { layer: layer.layer, sums }),
@@ -147,7 +148,7 @@ pub fn rows(variants: &[Variant], answered: &[Answered]) -> Vec<Row> {
     let same = |a: &Answered| {
         // Text is fed itself, and has no answer.
         let n = a.outcomes.first().map_or(a.reference.tokens.len(), |o| o.kl.len());
-        let read = Sums { n: 1.0, kept: 1.0, bytes: 1.0, missed: 0.0 };
+        let read = Sums { n: 1.0, kept: 1.0, bytes: 1.0, missed: 0.0, measured: 1.0 };
         let (losses, score) = (a.reference.losses.clone(), a.reference.score);
         Outcome { kl: vec![0.0; n], same: n, losses, score, read, ..Outcome::default() }
     };
@@ -193,7 +194,7 @@ impl Numbers {
         [
             format!("{:.3}", self.bytes),
             format!("{:.3}", self.kept),
-            format!("{:.4}", self.recall),
+            shown(self.recall, 4),
             format!("{:.5}", self.kl.mean),
             format!("{:.5}", self.kl_p95),
             format!("{:.2}", self.top1),
@@ -261,10 +262,10 @@ pub mod sample {
             losses: vec![1.0, 2.0],
             score: Some(*score),
             answer: "</script>".into(),
-            read: Sums { n: 6.0, kept: 0.2, bytes: 0.25, missed: 0.1 },
+            read: Sums { n: 6.0, kept: 0.2, bytes: 0.25, missed: 0.1, measured: 6.0 },
             layers: vec![
-                LayerSums { layer: 0, sums: Sums { n: 3.0, kept: 0.2, bytes: 0.25, missed: 0.15 } },
-                LayerSums { layer: 4, sums: Sums { n: 3.0, kept: 0.2, bytes: 0.25, missed: 0.05 } },
+                LayerSums { layer: 0, sums: Sums { n: 3.0, kept: 0.2, bytes: 0.25, missed: 0.15, measured: 3.0 } },
+                LayerSums { layer: 4, sums: Sums { n: 3.0, kept: 0.2, bytes: 0.25, missed: 0.05, measured: 3.0 } },
             ],
         };
         let outcomes = scores.iter().enumerate().map(outcome).collect();
@@ -287,15 +288,16 @@ mod tests {
         let rows = rows(&[variant("one", "s"), variant("two", "s")], &all);
         assert_eq!(rows.iter().map(|r| r.variant.as_str()).collect::<Vec<_>>(), ["dense f32", "one", "two"]);
         let (dense, one, two) = (&rows[0].all, &rows[1].all, &rows[2].all);
-        assert_eq!((dense.kl.mean, dense.top1, dense.bytes, dense.recall), (0.0, 100.0, 1.0, 1.0));
+        assert_eq!((dense.kl.mean, dense.top1, dense.bytes, dense.recall), (0.0, 100.0, 1.0, Some(1.0)));
         assert!((dense.perplexity.unwrap() - 0.75f64.exp()).abs() < 1e-12);
         // Of each question the first token needs the prefix: 5 to 0.5; 1.5 to 1 is too little.
         assert!((dense.long_perplexity.unwrap() - 0.5f64.exp()).abs() < 1e-12 && dense.long_tokens == 3);
         assert!((one.perplexity.unwrap() - 1.5f64.exp()).abs() < 1e-12);
         assert!((one.long_perplexity.unwrap() - 1f64.exp()).abs() < 1e-12);
         assert!((one.kl.mean - 0.125).abs() < 1e-12 && (two.kl.mean - 0.25).abs() < 1e-12 && one.kl_p95 == 0.25);
-        assert_eq!((one.top1, one.kept, one.bytes, one.questions), (50.0, 0.2, 0.25, 3));
-        assert!((one.recall - 0.9).abs() < 1e-12);
+        assert_eq!((one.top1, one.bytes, one.questions), (50.0, 0.25, 3));
+        assert!((one.kept - 0.2).abs() < 1e-12);
+        assert!((one.recall.unwrap() - 0.9).abs() < 1e-12);
         // Mean over tasks: (1/2 + 1) / 2, and the differences ((0 - 1) / 2 + 0.5) / 2.
         assert!((one.score.unwrap().mean - 0.75).abs() < 1e-12 && one.difference.unwrap().mean.abs() < 1e-12);
         assert!((two.difference.unwrap().mean + 0.5).abs() < 1e-12);

@@ -192,6 +192,12 @@ pub struct Variant {
 }
 
 impl Variant {
+    /// Is it a calibrated mode that is to read so many bytes?
+    pub fn is_solved(&self) -> bool {
+        let calibrated = matches!(self.how, How::Sparse(s) if s.kind != Kind::Budget);
+        calibrated && !matches!(self.amount, Amount::Nominal(_))
+    }
+
     /// What index it needs.
     pub fn build(&self, usual: Build) -> Build {
         match self.how {
@@ -207,12 +213,11 @@ impl Variant {
 /// A `--try` is none.
 pub fn variants(args: &EvalArgs) -> Result<Vec<Variant>> {
     let build = Build { sinks: args.cluster.sinks, clusters: args.cluster.clusters, seed: args.cluster.seed };
-    let mut out = vec![Variant {
-        label: "llama.cpp".into(),
-        series: "llama.cpp".into(),
-        how: How::Stock,
-        amount: Amount::Nominal(1.0),
-    }];
+    let mut out = Vec::new();
+    if args.stock {
+        let name = || "llama.cpp".to_string();
+        out.push(Variant { label: name(), series: name(), how: How::Stock, amount: Amount::Nominal(1.0) });
+    }
     let usual = Sparse::usual(build, args.spread[0], args.estimate);
     for (spread, tile) in args.spread.iter().flat_map(|spread| args.tile.iter().map(move |tile| (*spread, *tile))) {
         let of_spread = match spread {
@@ -302,16 +307,16 @@ mod tests {
 
     #[test]
     fn budgets_are_the_default_and_bytes_take_their_place() {
-        assert_eq!(labels(&[]), ["llama.cpp", "budget 0.1", "budget 0.2", "budget 0.33", "budget 0.5", "budget 1"]);
-        assert_eq!(labels(&["--bytes", "0.125"]), ["llama.cpp", "budget 0.125 of bytes"]);
-        assert_eq!(labels(&["--budgets", "0.2", "--bytes", "0.2", "--mass", "0.9"]).len(), 4);
+        assert_eq!(labels(&[]), ["budget 0.1", "budget 0.2", "budget 0.33", "budget 0.5", "budget 1"]);
+        assert_eq!(labels(&["--bytes", "0.125"]), ["budget 0.125 of bytes"]);
+        assert_eq!(labels(&["--budgets", "0.2", "--bytes", "0.2", "--mass", "0.9", "--stock"]).len(), 4);
     }
 
     #[test]
     fn what_is_tried_changes_one_thing_at_as_many_bytes() {
         let all = of(&["--budgets", "0.2,1", "--try", "sinks=4,spread=none+alpha=1", "--baselines", "reference,quest"])
             .unwrap();
-        let named: Vec<&str> = all.iter().skip(3).map(|v| v.label.as_str()).collect();
+        let named: Vec<&str> = all.iter().skip(2).map(|v| v.label.as_str()).collect();
         assert_eq!(
             named,
             [
@@ -321,20 +326,20 @@ mod tests {
                 "Quest, group mean, as budget 0.2"
             ]
         );
-        let How::Sparse(usual) = all[1].how else { panic!("{:?}", all[1]) };
+        let How::Sparse(usual) = all[0].how else { panic!("{:?}", all[0]) };
         let build = Build { sinks: 4, ..usual.build };
-        assert_eq!(all[3].how, How::Sparse(Sparse { build, ..usual }));
-        assert_eq!(all[4].how, How::Sparse(Sparse { spread: SpreadArg::None, alpha: 1.0, ..usual }));
-        assert_eq!(all[6].how, How::Baseline(Baseline::Quest));
-        assert!(all.iter().skip(3).all(|v| v.amount == Amount::AsBudget(0.2)));
-        let How::Sparse(reference) = all[5].how else { panic!("{:?}", all[5]) };
+        assert_eq!(all[2].how, How::Sparse(Sparse { build, ..usual }));
+        assert_eq!(all[3].how, How::Sparse(Sparse { spread: SpreadArg::None, alpha: 1.0, ..usual }));
+        assert_eq!(all[5].how, How::Baseline(Baseline::Quest));
+        assert!(all.iter().skip(2).all(|v| v.amount == Amount::AsBudget(0.2)));
+        let How::Sparse(reference) = all[4].how else { panic!("{:?}", all[4]) };
         assert!(reference.floorless && reference.build.sinks == 0 && reference.kind == Kind::Threshold);
     }
 
     #[test]
     fn every_named_try_and_baseline_is_one() {
         let all = of(&["--bytes", "0.2", "--try", "all", "--baselines", "all"]).unwrap();
-        assert_eq!(all.len(), 2 + TRIES.len() + Baseline::EACH.len());
+        assert_eq!(all.len(), 1 + TRIES.len() + Baseline::EACH.len());
         let error = |given: &str| format!("{:#}", of(&["--try", given]).unwrap_err());
         assert!(error("speed").contains("known are") && error("alpha=x").contains("number"));
         assert!(format!("{:#}", of(&["--budgets", "0.2,0.2"]).unwrap_err()).contains("twice"));

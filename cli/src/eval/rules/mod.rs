@@ -48,8 +48,9 @@ pub struct Sums {
     pub kept: f64,
     /// Bytes, as a share of those of the prefix's K and V.
     pub bytes: f64,
-    /// Attention mass of the prefix that was missed.
+    /// Attention mass of the prefix that was missed, of `measured` pairs.
     pub missed: f64,
+    pub measured: f64,
 }
 
 impl Sums {
@@ -58,12 +59,14 @@ impl Sums {
         self.kept += other.kept;
         self.bytes += other.bytes;
         self.missed += other.missed;
+        self.measured += other.measured;
     }
 
-    /// The same per pair.
+    /// The same per pair; the numbers of pairs stay.
     pub fn mean(&self) -> Sums {
         let n = self.n.max(1.0);
-        Sums { n: self.n, kept: self.kept / n, bytes: self.bytes / n, missed: self.missed / n }
+        let missed = self.missed / self.measured.max(1.0);
+        Sums { kept: self.kept / n, bytes: self.bytes / n, missed, ..*self }
     }
 }
 
@@ -90,8 +93,8 @@ pub struct Working {
     method: Method,
     /// Share of the bytes that a baseline may read.
     share: f64,
-    /// Change of the index's selection by layer; of all where it is `None`.
-    budgets: Option<BTreeMap<u32, Mode>>,
+    /// Modes of layers that have their own.
+    budgets: BTreeMap<u32, Mode>,
     alpha: Option<f32>,
     floorless: bool,
     layers: HashMap<u32, Layer>,
@@ -107,7 +110,7 @@ impl Working {
         Working {
             method,
             share,
-            budgets: None,
+            budgets: BTreeMap::new(),
             alpha: None,
             floorless: false,
             layers,
@@ -119,7 +122,7 @@ impl Working {
     }
 
     /// With modes of layers, another weight of the spread bonus, or thresholds without a floor.
-    pub fn with(self, budgets: Option<BTreeMap<u32, Mode>>, alpha: Option<f32>, floorless: bool) -> Working {
+    pub fn with(self, budgets: BTreeMap<u32, Mode>, alpha: Option<f32>, floorless: bool) -> Working {
         Working { budgets, alpha, floorless, ..self }
     }
 
@@ -209,7 +212,7 @@ impl Working {
 
 impl Rule for Working {
     fn selection(&self, layer: u32, usual: Selection) -> Selection {
-        let own = self.budgets.as_ref().and_then(|budgets| budgets.get(&layer).copied());
+        let own = self.budgets.get(&layer).copied();
         let mode = match own.unwrap_or(usual.mode) {
             Mode::Threshold { threshold, .. } if self.floorless => Mode::Threshold { threshold, floor: 0.0 },
             mode => mode,
@@ -249,6 +252,7 @@ impl Rule for Working {
             kept: (layer.n_sink + seen.keys) as f64 / open,
             bytes: layer.read(self.method, seen.keys, seen.clusters, anchor) / layer.dense(),
             missed: seen.missed.unwrap_or(0.0),
+            measured: f64::from(u8::from(seen.missed.is_some())),
         };
         lock(&self.sums).entry(seen.layer).or_default().add(&sums);
     }

@@ -248,7 +248,7 @@ fn the_index_selects_where_it_is_to() {
     };
     let working = r.working(Method::Index { spread: Spread::Diag, estimate: false }, 0.2);
     assert_eq!((working.choose(&r), working.selection(0, usual)), (None, usual));
-    let working = working.with(Some(BTreeMap::from([(0, Mode::Budget(1.0))])), Some(3.0), true);
+    let working = working.with(BTreeMap::from([(0, Mode::Budget(1.0))]), Some(3.0), true);
     assert_eq!(working.selection(0, usual), Selection { mode: Mode::Budget(1.0), alpha: 3.0, ..usual });
     let floorless = Mode::Threshold { threshold: 0.1, floor: 0.0 };
     assert_eq!(working.selection(1, usual), Selection { mode: floorless, alpha: 3.0, ..usual });
