@@ -67,6 +67,10 @@ fn every_way_to_attend_is_asked_everything_and_reads_what_it_is_to() {
     let oracle = number("oracle keys, as budget 0.3", "recall");
     for r in results(&whole).iter().filter(|r| r["variant"].as_str().unwrap().contains("as budget")) {
         let (name, own) = (r["variant"].as_str().unwrap(), r["bytes"].as_f64().unwrap());
+        // Two of four layers are more than that.
+        if name.starts_with("dense-layers=2") {
+            continue;
+        }
         // Calibrated modes keep what they keep on other queries.
         let near =
             if name.contains("threshold") || name.contains("mass") || name.contains("reference") { 0.2 } else { 0.03 };
@@ -174,7 +178,7 @@ fn facts_are_asked_behind_an_index_or_a_text() {
         "-f",
         &path("novel.txt"),
         "--tokens",
-        "3000",
+        "6000",
         "-o",
         &path("text.txt"),
         "--questions",

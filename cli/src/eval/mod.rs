@@ -245,13 +245,15 @@ fn measure(
             store.add_reference(&k.reference, reference.clone())?;
         }
         for (j, (variant, name)) in variants.iter().zip(&k.outcomes).enumerate() {
-            if store.outcome(name).is_none() {
-                let outcome = runner
-                    .outcome(variant, asked, &reference, &dense, k.recall)
-                    .with_context(|| format!("question {} with {}", k.question.id, variant.label))?;
-                store.add_outcome(name, outcome)?;
+            if store.outcome(name).is_some() {
+                continue;
             }
+            let outcome = runner
+                .outcome(variant, asked, &reference, &dense, k.recall)
+                .with_context(|| format!("question {} with {}", k.question.id, variant.label))?;
+            store.add_outcome(name, outcome)?;
             phase.part(i, (j + 1) as f32 / variants.len() as f32);
+            // Every run gets on by one result at least.
             if end.is_some_and(|end| Instant::now() > end) {
                 in_time = false;
                 break 'questions;

@@ -39,10 +39,10 @@ struct Ready {
     layers: HashMap<u32, Layer>,
 }
 
-/// A calibrated mode by its number: the logarithm of a threshold, or minus that of what mass mode leaves out.
+/// A calibrated mode by its number: the logarithm of a threshold, or that of minus the logarithm of what mass mode leaves out.
 fn solved_mode(sparse: &Sparse, x: f64, share: f32) -> Mode {
     match sparse.kind {
-        Kind::Mass => Mode::Mass((1.0 - (-x).exp()).clamp(0.0, 1.0) as f32),
+        Kind::Mass => Mode::Mass((1.0 - (-x.exp()).exp()).clamp(0.0, 1.0) as f32),
         _ if sparse.floorless => Mode::Threshold { threshold: x.exp() as f32, floor: 0.0 },
         _ => Mode::Threshold { threshold: x.exp() as f32, floor: THRESHOLD_FLOOR.min(share / 2.0) },
     }
@@ -55,14 +55,14 @@ fn start_of(sparse: &Sparse, index: &Index, share: f32) -> f64 {
     let x = match sparse.kind {
         Kind::Mass => {
             let row = meta.mass_targets.iter().min_by(|a, b| far(a.kept).total_cmp(&far(b.kept)));
-            row.map(|row| -f64::from(1.0 - row.target).max(1e-6).ln())
+            row.map(|row| (-f64::from(1.0 - row.target).max(1e-6).ln()).max(1e-6).ln())
         }
         _ => {
             let row = meta.calibration.iter().min_by(|a, b| far(a.budget).total_cmp(&far(b.budget)));
             row.map(|row| f64::from(row.threshold.max(1e-9)).ln())
         }
     };
-    x.unwrap_or(if sparse.kind == Kind::Mass { 2.0 } else { -8.0 })
+    x.unwrap_or(if sparse.kind == Kind::Mass { 1.0 } else { -8.0 })
 }
 
 /// The dense logits of a question, `[tokens][n_vocab]`.
@@ -188,7 +188,7 @@ impl<'a> Runner<'a> {
             Some(x) => x,
             None => {
                 let start = start_of(&sparse, &index, wanted);
-                solve(start, wanted.into(), &mut |x| {
+                solve(start, wanted.into(), sparse.kind == Kind::Mass, &mut |x| {
                     self.solved.insert(variant.label.clone(), x);
                     self.ready.remove(&variant.label);
                     let ready = self.ready(variant)?;
@@ -264,6 +264,8 @@ impl<'a> Runner<'a> {
         }
         attention.apply(ready.is_some_and(|r| r.0.estimate), measure);
         let working = ready.and_then(|r| r.0.working.clone());
+        // What a generation read is not counted.
+        working.iter().for_each(|w| drop(w.take()));
         backend::configure(|config| config.rule = working.map(|w| RuleSetting(w as Arc<_>)));
     }
 

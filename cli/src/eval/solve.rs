@@ -3,16 +3,17 @@
 use anyhow::Result;
 
 /// Trials.
-const STEPS: usize = 6;
+const STEPS: usize = 8;
 /// Near enough, relative to the share.
 const NEAR: f64 = 0.02;
 
-/// A number near which `kept` is `wanted`, by the secant rule on the logarithm of the share; `kept` rises or falls all the way. The
-/// best of few trials, from `start` on.
-pub fn solve(start: f64, wanted: f64, kept: &mut dyn FnMut(f64) -> Result<f64>) -> Result<f64> {
+/// A number near which `kept` is `wanted`, by the secant rule on the logarithm of the share; `kept` rises all the way, or
+/// falls if not `rises`. The best of few trials, from `start` on.
+pub fn solve(start: f64, wanted: f64, rises: bool, kept: &mut dyn FnMut(f64) -> Result<f64>) -> Result<f64> {
     let off = |share: f64| share.max(1e-6).ln() - wanted.max(1e-6).ln();
     let mut trials: Vec<(f64, f64)> = Vec::new();
     let mut x = start;
+    let sign = if rises { 1.0 } else { -1.0 };
     for step in 0..STEPS {
         trials.push((x, off(kept(x)?)));
         let best =
@@ -26,10 +27,15 @@ pub fn solve(start: f64, wanted: f64, kept: &mut dyn FnMut(f64) -> Result<f64>) 
         let (a, b) = match (below, above, trials.len()) {
             (Some(a), Some(b), _) => (*a, *b),
             (_, _, n) if n > 1 => (trials[n - 2], trials[n - 1]),
-            _ => ((x, best.1), (x - 0.5, best.1 - 0.5)),
+            _ => ((x - sign, best.1 - 1.0), (x, best.1)),
         };
         let slope = (b.1 - a.1) / (b.0 - a.0);
-        let step = if slope.is_finite() && slope.abs() > 1e-3 { -b.1 / slope } else { 1.0 };
+        // A line from far away says little: halves then.
+        if a.1 * b.1 < 0.0 && (b.1 - a.1).abs() > 2.0 {
+            x = (a.0 + b.0) / 2.0;
+            continue;
+        }
+        let step = if slope.is_finite() && slope * sign > 1e-3 { -b.1 / slope } else { -b.1.signum() * sign * 3.0 };
         x = b.0 + step.clamp(-3.0, 3.0);
     }
     Ok(x)
@@ -45,11 +51,11 @@ mod tests {
             for start in [-12.0, -7.0, -2.0] {
                 // Falls with the threshold, as a share of keys does.
                 let mut share = |x: f64| Ok(1.0 / (1.0 + (x + 7.0).exp()));
-                let x = solve(start, wanted, &mut share).unwrap();
+                let x = solve(start, wanted, false, &mut share).unwrap();
                 let got = share(x).unwrap();
                 assert!((got / wanted - 1.0).abs() < 0.06, "{got}, not {wanted}, from {start}");
-                let mut rising = |x: f64| Ok(1.0 - (-x).exp());
-                let x = solve(1.0, wanted, &mut rising).unwrap();
+                let mut rising = |x: f64| Ok(1.0 - (-x.exp()).exp());
+                let x = solve(1.0, wanted, true, &mut rising).unwrap();
                 assert!((rising(x).unwrap() / wanted - 1.0).abs() < 0.06);
             }
         }
@@ -58,7 +64,7 @@ mod tests {
     #[test]
     fn what_does_not_change_ends() {
         let mut trials = 0;
-        solve(1.0, 0.5, &mut |_| {
+        solve(1.0, 0.5, true, &mut |_| {
             trials += 1;
             Ok(0.1)
         })

@@ -41,7 +41,8 @@ pub fn pairs(garden: &mut Garden, count: usize) {
     });
     let planted = garden.plant(blocks.collect());
     for i in 0..count {
-        let want = Want::Parts(vec![Part { given: String::new(), answer: format!(" \"{}\"", values[i]) }]);
+        // Without the quotation mark behind it, which is one token with what follows.
+        let want = Want::Parts(vec![Part { given: String::new(), answer: format!(" \"{}", values[i]) }]);
         garden.ask(Task::Pairs, format!("\n  \"{}\":", keys[i]), want, Some(planted[i / BLOCK]));
     }
 }

@@ -13,7 +13,7 @@ const N_VALUE: usize = 3;
 const N_QUERY: usize = 3;
 
 /// Key, value and place.
-pub type Key = (&'static str, &'static str, Planted);
+pub type Key = (String, &'static str, Planted);
 
 /// One answer behind the prompt.
 fn answer(text: &str) -> Want {
@@ -43,8 +43,9 @@ pub fn single(garden: &mut Garden, count: usize) -> Result<()> {
     Ok(())
 }
 
-fn cue(animal: &str) -> String {
-    format!("The password of the {animal} is")
+/// What is behind a key is found by the words in front of it, so what tells keys apart stands last.
+fn cue(key: &str) -> String {
+    format!("Password for {key}:")
 }
 
 /// Keys with their values and places. They are planted once, for both tasks that ask for them.
@@ -52,19 +53,21 @@ fn keys(garden: &mut Garden) -> Vec<Key> {
     if let Some(known) = &garden.keys {
         return known.clone();
     }
-    let (mut animals, mut passwords) = (ANIMALS, PASSWORDS);
+    let (mut cities, mut animals, mut passwords) = (CITIES, ANIMALS, PASSWORDS);
+    garden.random.shuffle(&mut cities);
     garden.random.shuffle(&mut animals);
     garden.random.shuffle(&mut passwords);
-    let texts = animals.iter().zip(passwords).map(|(a, p)| format!("{} {p}.", cue(a))).collect();
+    let names: Vec<String> = cities.iter().zip(animals).map(|(city, animal)| format!("{city} {animal}")).collect();
+    let texts = names.iter().zip(passwords).map(|(name, p)| format!("{} {p}.", cue(name))).collect();
     let planted = garden.plant(texts);
-    let keys: Vec<Key> = animals.into_iter().zip(passwords).zip(planted).map(|((a, p), at)| (a, p, at)).collect();
+    let keys: Vec<Key> = names.into_iter().zip(passwords).zip(planted).map(|((name, p), at)| (name, p, at)).collect();
     garden.keys = Some(keys.clone());
     keys
 }
 
 pub fn key(garden: &mut Garden, count: usize) {
-    for (animal, password, at) in keys(garden).into_iter().take(count) {
-        garden.ask(Task::Key, format!("\n{}", cue(animal)), answer(password), Some(at));
+    for (name, password, at) in keys(garden).into_iter().take(count) {
+        garden.ask(Task::Key, format!("\n{}", cue(&name)), answer(password), Some(at));
     }
 }
 
@@ -73,13 +76,13 @@ pub fn query(garden: &mut Garden, count: usize) {
     for _ in 0..count {
         let mut order: Vec<usize> = (0..keys.len()).collect();
         garden.random.shuffle(&mut order);
-        let three: Vec<_> = order.iter().take(N_QUERY).map(|i| keys[*i]).collect();
-        let part = |(i, (animal, password, _)): (usize, &Key)| Part {
-            given: if i == 0 { String::new() } else { format!(".\n{}", cue(animal)) },
+        let three: Vec<_> = order.iter().take(N_QUERY).map(|i| keys[*i].clone()).collect();
+        let part = |(i, (name, password, _)): (usize, &Key)| Part {
+            given: if i == 0 { String::new() } else { format!(".\n{}", cue(name)) },
             answer: format!(" {password}"),
         };
         let parts = three.iter().enumerate().map(part).collect();
-        garden.ask(Task::Query, format!("\n{}", cue(three[0].0)), Want::Parts(parts), Some(three[0].2));
+        garden.ask(Task::Query, format!("\n{}", cue(&three[0].0)), Want::Parts(parts), Some(three[0].2));
     }
 }
 
@@ -90,7 +93,7 @@ pub fn value(garden: &mut Garden, count: usize) {
     garden.random.shuffle(&mut plants);
     let n_key = count.div_ceil(N_VALUE);
     let values = |key: usize| &plants[key * N_VALUE..(key + 1) * N_VALUE];
-    let cue = |key: usize| format!("In {} they grow", cities[key]);
+    let cue = |key: usize| format!("{} exports", cities[key]);
     let sentence = |key: usize, value: &str| format!("{} {value}.", cue(key));
     let texts = (0..n_key).flat_map(|key| values(key).iter().map(move |v| (key, *v)));
     let planted = garden.plant(texts.map(|(key, v)| sentence(key, v)).collect());

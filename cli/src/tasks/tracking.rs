@@ -10,6 +10,8 @@ const N_HOP: usize = 3;
 const N_FREQUENT: usize = 3;
 const TIMES: usize = 6;
 const N_RARE: usize = 12;
+/// Words of the list that are given.
+const N_GIVEN: usize = 4;
 /// Tokens in which a model may name the frequent words.
 const WORDS_TOKENS: usize = 24;
 
@@ -36,11 +38,11 @@ pub fn variable(garden: &mut Garden, count: usize) {
     }
 }
 
-/// Lists in which some words stand often; the beginning of a list is asked to go on.
+/// Lists in which some words stand often; a list is asked to go on behind its first words.
 pub fn words(garden: &mut Garden, count: usize) {
     let mut owners = OWNERS;
     garden.random.shuffle(&mut owners);
-    let (mut lists, mut frequent) = (Vec::new(), Vec::new());
+    let (mut lists, mut frequent, mut beginnings) = (Vec::new(), Vec::new(), Vec::new());
     for owner in &owners[..count] {
         let mut goods = GOODS;
         garden.random.shuffle(&mut goods);
@@ -48,12 +50,13 @@ pub fn words(garden: &mut Garden, count: usize) {
         let mut list: Vec<&str> =
             often.iter().flat_map(|word| [*word; TIMES]).chain(rest[..N_RARE].iter().copied()).collect();
         garden.random.shuffle(&mut list);
+        beginnings.push(list[..N_GIVEN].join(", "));
         lists.push(format!("Shopping list of {owner}: {}.", list.join(", ")));
         frequent.push(often.iter().map(|word| word.to_string()).collect::<Vec<_>>());
     }
     let planted = garden.plant(lists);
-    for ((owner, words), at) in owners.iter().zip(frequent).zip(planted) {
-        let prompt = format!("\nShopping list of {owner}:");
+    for (((owner, words), at), given) in owners.iter().zip(frequent).zip(planted).zip(beginnings) {
+        let prompt = format!("\nShopping list of {owner}: {given},");
         garden.ask_long(Task::Words, prompt, Want::Words(words), Some(at), WORDS_TOKENS);
     }
 }
