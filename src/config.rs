@@ -4,6 +4,7 @@
 
 use std::path::PathBuf;
 
+use crate::attention::rule::RuleSetting;
 use crate::attention::Spread;
 
 /// On the CPU, prefixes shorter than this stay dense: the shortest that decoding was measured with, where it is still a little
@@ -55,6 +56,9 @@ pub struct Config {
     pub attention_free: bool,
     /// Measure the attention mass that selections miss, at the cost of dense attention. Never from the environment.
     pub measure: bool,
+    /// Another rule on the CPU than the index's selection, for evaluations. Never from the environment.
+    #[doc(hidden)]
+    pub rule: Option<RuleSetting>,
 }
 
 impl Default for Config {
@@ -74,6 +78,7 @@ impl Default for Config {
             synthetic: false,
             attention_free: false,
             measure: false,
+            rule: None,
         }
     }
 }

@@ -21,7 +21,7 @@ const QUOTE_WORDS: usize = 14;
 
 /// What facts begin with. Different from each other in every part: a model of 135M parameters mixes up facts of one pattern,
 /// and what it cannot answer with dense attention tells nothing about sparse.
-const CUES: [&str; N_FACT] = [
+pub(crate) const CUES: [&str; N_FACT] = [
     "The cat of the archivist is named",
     "The lighthouse keeper wrote a long letter to",
     "The winner of the chess tournament was",
@@ -38,7 +38,7 @@ const CUES: [&str; N_FACT] = [
     "The recipe for the plum cake comes from",
 ];
 /// Names that begin differently, so that a small model which knows one of them by its start knows which one it is.
-const NAMES: [&str; 28] = [
+pub(crate) const NAMES: [&str; 28] = [
     "Ambrose",
     "Barnaby",
     "Cordelia",
@@ -124,16 +124,23 @@ pub struct Question {
 }
 
 /// splitmix64: the same numbers wherever and whenever.
-struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
+    pub(crate) fn new(seed: u64) -> Random {
+        Random(seed)
+    }
+    /// In 0..1.
+    pub(crate) fn share(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
     fn next(&mut self) -> u64 {
         split_mix(&mut self.0)
     }
-    fn below(&mut self, n: usize) -> usize {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
         (self.next() % n as u64) as usize
     }
-    fn shuffle<T>(&mut self, items: &mut [T]) {
+    pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
         for i in (1..items.len()).rev() {
             items.swap(i, self.below(i + 1));
         }

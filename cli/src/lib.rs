@@ -22,6 +22,7 @@ pub mod random_model;
 pub mod run;
 pub mod session;
 pub mod synthetic;
+pub mod tasks;
 pub mod template;
 pub mod tokens;
 pub mod verify;

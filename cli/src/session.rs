@@ -8,6 +8,7 @@ use ggml_squeeze::attention::Spread;
 use ggml_squeeze::backend;
 use ggml_squeeze::config::{Config, ModeSetting};
 use ggml_squeeze::index::Index;
+use serde::{Deserialize, Serialize};
 
 use crate::llama::{Context, Model, ModelArgs};
 use crate::progress::Phase;
@@ -66,7 +67,8 @@ impl Attention {
 }
 
 /// Spread by its name on the command line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum SpreadArg {
     None,
     Radius,

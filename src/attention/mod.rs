@@ -8,4 +8,6 @@ pub mod cuda;
 pub mod oracle;
 #[allow(unsafe_code)]
 pub mod problem;
+#[doc(hidden)]
+pub mod rule;
 pub use problem::*;

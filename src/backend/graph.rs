@@ -346,7 +346,11 @@ impl Instance {
         }
         let (rows_of_call, tiles, bindings) = (rows.clone(), tiles.clone(), bindings.clone());
         let call = Call { problem, layer, rows: rows_of_call, tiles, bindings, selection, rotation };
-        let plan = Plan::new(call, self.n_threads, &mut self.memory).map_err(|_| Reason::Kernel)?;
+        let plan = match &snapshot.config.rule {
+            None => Plan::new(call, self.n_threads, &mut self.memory),
+            Some(rule) => Plan::ruled(call, self.n_threads, &mut self.memory, rule.0.clone()),
+        };
+        let plan = plan.map_err(|_| Reason::Kernel)?;
         let plan = if snapshot.config.measure { plan.measured() } else { plan };
         rewrite.push_plan(node.raw(), plan, false);
         count(|s| {

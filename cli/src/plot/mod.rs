@@ -99,7 +99,7 @@ impl Picture {
 }
 
 /// Gives plotters its font: DejaVu Sans, in the program itself.
-fn font() -> Result<()> {
+pub(crate) fn font() -> Result<()> {
     static GIVEN: OnceLock<bool> = OnceLock::new();
     let give = |style, bytes| plotters::style::register_font("sans-serif", style, bytes).is_ok();
     let given = GIVEN.get_or_init(|| {

@@ -231,18 +231,33 @@ pub(super) unsafe fn attend(
 ) {
     let p = pair.problem();
     let group = p.n_group();
-    let Scratch { q, s, .. } = scratch;
     // With a mask per head a cell may be hidden (its value NaN) from one head and visible to the next: no sharing then.
     let own_masks = p.mask.is_some_and(|m| m.ne[2] > 1) && group > 1;
     if !own_masks {
         // SAFETY: the same contract.
-        return unsafe { sweep(pair, 0, cells, part, q, s, state) };
+        return unsafe { sweep(pair, 0, cells, part, scratch.q, scratch.s, state) };
     }
     for g in 0..group {
-        let q = &q[g * p.q.ne[0]..(g + 1) * p.q.ne[0]];
         // SAFETY: the same contract.
-        unsafe { sweep(pair, g, cells, part.clone(), q, s, &mut state.head(g)) };
+        unsafe { attend_head(pair, g, cells, part.clone(), scratch, state) };
     }
+}
+
+/// The same for head `g` of the group alone: no other head of `state` is touched.
+///
+/// # Safety
+/// As for `attend`.
+pub(super) unsafe fn attend_head(
+    pair: &Pair<'_>,
+    g: usize,
+    cells: &Cells<'_>,
+    part: Part,
+    scratch: &mut Scratch<'_>,
+    state: &mut State<'_>,
+) {
+    let d = pair.problem().q.ne[0];
+    // SAFETY: the same contract.
+    unsafe { sweep(pair, g, cells, part, &scratch.q[g * d..(g + 1) * d], scratch.s, &mut state.head(g)) }
 }
 
 /// The same for the heads in `state`, which start at head `g` of the group and share a mask.

@@ -6,15 +6,15 @@ use super::memory::Scratch;
 
 /// A sum of exponentials, relative to the largest exponent so far.
 #[derive(Clone, Copy)]
-struct Mass {
+pub(super) struct Mass {
     top: f32,
     sum: f64,
 }
 
 impl Mass {
-    const NONE: Mass = Mass { top: f32::NEG_INFINITY, sum: 0.0 };
+    pub(super) const NONE: Mass = Mass { top: f32::NEG_INFINITY, sum: 0.0 };
 
-    fn add(&mut self, s: f32) {
+    pub(super) fn add(&mut self, s: f32) {
         if s > self.top {
             self.sum *= ((self.top - s) as f64).exp();
             self.top = s;
@@ -25,7 +25,7 @@ impl Mass {
     }
 
     /// Share of this in this and another.
-    fn share_beside(self, other: Mass) -> f64 {
+    pub(super) fn share_beside(self, other: Mass) -> f64 {
         let top = self.top.max(other.top);
         let of = |mass: Mass| if mass.sum > 0.0 { mass.sum * ((mass.top - top) as f64).exp() } else { 0.0 };
         match of(self) + of(other) {

@@ -1,8 +1,8 @@
 //! The attention call on CPU threads that somebody else owns: a plan of tasks that they share. Knows nothing of ggml.
 //!
 //! `plan` cuts a call into tasks, `lookup` scores and selects clusters, `attend` runs over cells, `tile` does both for
-//! query rows that share a selection, `guard` compares a cache with an index, `kernels` are the inner loops, `memory` is all
-//! pointer arithmetic.
+//! query rows that share a selection, `ruled` is for evaluations with another rule, `guard` compares a cache with an index,
+//! `kernels` are the inner loops, `memory` is all pointer arithmetic.
 
 mod attend;
 #[cfg(target_arch = "x86_64")]
@@ -19,6 +19,7 @@ mod memory;
 mod neon;
 mod plan;
 mod progress;
+mod ruled;
 mod scalar;
 mod tile;
 

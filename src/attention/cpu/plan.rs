@@ -14,8 +14,10 @@ use super::check::check;
 use super::lookup::Lookup;
 use super::memory::{Carver, Memory, Pair, Scratch, ScratchLayout, Space, SpaceLayout, Workspace};
 use super::progress::{last, LookupProgress, OnPanic};
+use super::ruled::Ruled;
 use super::tile::{Shared, Tiles};
 use super::{Kept, Path, Unsupported};
+use crate::attention::rule::{Rule, Seen};
 use crate::attention::{Call, Mode, Problem, Rotation, Row, Selection, Spread};
 
 /// Pairs per thread from which a task is a whole pair.
@@ -77,6 +79,7 @@ pub struct Plan {
     n_part: usize,
     progress: Progress,
     measured: bool,
+    rule: Option<Arc<dyn Rule>>,
 }
 
 impl Plan {
@@ -92,6 +95,21 @@ impl Plan {
         let rows = vec![Row::Dense; problem.n_row()].into();
         let (bindings, rotation, tiles) = (Vec::new().into(), Rotation::default(), Vec::new().into());
         Plan::new(Call { problem, layer: 0, rows, tiles, bindings, selection, rotation }, n_threads, memory)
+    }
+
+    /// As `new`, under another rule: for evaluations. Rows that share a selection keep the index's, and the rule is not told of
+    /// them.
+    #[doc(hidden)]
+    pub fn ruled(
+        mut call: Call,
+        n_threads: usize,
+        memory: &mut Memory,
+        rule: Arc<dyn Rule>,
+    ) -> Result<Plan, Unsupported> {
+        call.selection = rule.selection(call.layer, call.selection);
+        let options = Options { schedule: Some(Schedule::Fused), ..Options::default() };
+        let plan = Plan::with_options(call, n_threads, memory, options)?;
+        Ok(Plan { rule: Some(rule), ..plan })
     }
 
     /// As `new`, with the code path or the schedule given.
@@ -174,6 +192,7 @@ impl Plan {
             n_part,
             progress,
             measured: false,
+            rule: None,
             call,
         })
     }
@@ -312,8 +331,14 @@ impl Plan {
         // SAFETY: the contract.
         unsafe {
             let keys = lookup.select();
-            if self.measured {
-                progress.miss(lookup.missed(scratch));
+            let missed = self.measured.then(|| lookup.missed(scratch));
+            if let Some(missed) = missed {
+                progress.miss(missed);
+            }
+            if let Some(rule) = &self.rule {
+                let Pair { row, head_kv, .. } = lookup.pair;
+                let (layer, clusters) = (self.call.layer, lookup.space.chosen().0.len());
+                rule.attended(&Seen { layer, row, head_kv, keys: keys as usize, clusters, missed });
             }
             progress.select(keys);
         }
@@ -393,14 +418,24 @@ impl Plan {
             let (mut scratch, at) = self.scratch.open(&self.memory, self.scratch_at + ith * self.scratch.bytes);
             pair.load_query(scratch.q);
             let lookup = self.lookup(pair, ith);
+            let mut state = State::over(self.memory.slice(at, p.n_group() * (p.v.ne[0] + 2)), p.n_group());
+            state.reset();
+            if let (Some(lookup), Some(rule)) = (lookup, &self.rule) {
+                let sight = Ruled(lookup);
+                if let Some(choice) = rule.choose(&sight) {
+                    let (keys, missed) = sight.attend(&**rule, choice, self.measured, &mut scratch, &mut state);
+                    let progress = &self.progress.lookups[self.sparse_pair(pair.row, pair.head_kv)];
+                    missed.into_iter().for_each(|missed| progress.miss(missed));
+                    progress.select(keys as u32);
+                    return state.finish(&pair);
+                }
+            }
             if let Some(lookup) = &lookup {
                 lookup.prepare(&mut scratch);
                 lookup.score(&mut scratch, 0, lookup.n_cluster());
                 lookup.score_sinks(&mut scratch);
                 self.select(lookup, &mut scratch);
             }
-            let mut state = State::over(self.memory.slice(at, p.n_group() * (p.v.ne[0] + 2)), p.n_group());
-            state.reset();
             let cells = self.cells(lookup);
             if let (Cells::Listed { lookup, kept, .. }, true) = (&cells, self.call.selection.estimate) {
                 estimate(lookup, kept, &mut scratch, &mut state);

@@ -1,5 +1,8 @@
 //! Numbers that compare one run of a model with another: divergence, agreement, quantiles, mean and deviation.
 
+pub mod bootstrap;
+pub mod text;
+
 /// Token with the largest logit; of equal ones the first.
 pub fn argmax(logits: &[f32]) -> i32 {
     let mut best = 0;
@@ -31,6 +34,12 @@ pub fn kl(p: &[f32], q: &[f32]) -> f64 {
             }
         })
         .sum()
+}
+
+/// Loss of a token, in nats: minus the logarithm of its probability.
+pub fn loss(logits: &[f32], token: i32) -> f64 {
+    let logit = logits.get(token as usize).copied().unwrap_or(f32::NEG_INFINITY);
+    log_sum_exp(logits) - f64::from(logit)
 }
 
 pub fn mean(values: &[f64]) -> f64 {
@@ -73,6 +82,13 @@ mod tests {
         assert!(kl(&[1.0, 2.0, 3.0], &[101.0, 102.0, 103.0]).abs() < 1e-6);
         assert!(kl(&[0.0, f32::NEG_INFINITY], &[0.0, f32::NEG_INFINITY]).abs() < 1e-12);
         assert!(kl(&[0.0, 0.0], &[0.0, f32::NAN]).is_nan());
+    }
+
+    #[test]
+    fn the_loss_is_minus_the_log_probability() {
+        let logits: Vec<f32> = [0.5f64, 0.25, 0.25].iter().map(|p| p.ln() as f32 + 3.0).collect();
+        assert!((loss(&logits, 0) - 2f64.ln()).abs() < 1e-6 && (loss(&logits, 2) - 4f64.ln()).abs() < 1e-6);
+        assert_eq!(loss(&logits, 7), f64::INFINITY);
     }
 
     #[test]
