@@ -7,6 +7,7 @@
 
 use std::env;
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -115,7 +116,8 @@ fn compression(nvcc: &Path) -> Option<&'static str> {
     (release >= 13).then_some("--compress-mode=size")
 }
 
-/// Compiles a file for all architectures, one after the other; what the compiler says.
+/// Compiles a file for all architectures, one after the other; what the compiler says. What was compiled before from the same
+/// text with the same command is kept.
 fn compile_one(
     nvcc: &Path,
     out: &Path,
@@ -131,12 +133,31 @@ fn compile_one(
         command.arg(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
     }
     command.arg(format!("-gencode=arch=compute_{PTX},code=compute_{PTX}"));
+    let [key, log] = ["key", "log"].map(|end| out.join(format!("{kernel}.{end}")));
+    let own = format!("{command:?}\n{:016x}", text_hash(kernel).map_err(|e| format!("kernels/ cannot be read: {e}"))?);
+    if let (Ok(true), Ok(said)) = (fs::read_to_string(&key).map(|was| was == own), fs::read_to_string(&log)) {
+        return Ok(said);
+    }
     let result = command.output().map_err(|e| format!("{} cannot be run: {e}", nvcc.display()))?;
     let said = String::from_utf8_lossy(&result.stderr);
     if !result.status.success() {
         return Err(format!("{} failed on {kernel}.cu: {}", nvcc.display(), said.replace('\n', " ")));
     }
+    fs::write(&log, &*said).and_then(|()| fs::write(&key, own)).map_err(|e| e.to_string())?;
     Ok(said.into_owned())
+}
+
+/// Of a kernel's file and of every header, in the order of their names.
+fn text_hash(kernel: &str) -> std::io::Result<u64> {
+    let files = fs::read_dir("kernels")?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<PathBuf>>>()?;
+    let mut files: Vec<PathBuf> = files.into_iter().filter(|f| f.extension().is_some_and(|e| e == "cuh")).collect();
+    files.sort();
+    files.push(Path::new("kernels").join(format!("{kernel}.cu")));
+    let mut hasher = DefaultHasher::new();
+    for file in files {
+        fs::read(file)?.hash(&mut hasher);
+    }
+    Ok(hasher.finish())
 }
 
 /// Compiles as many files at a time as cargo lets us use processors.

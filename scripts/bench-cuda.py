@@ -91,8 +91,8 @@ def main():
         r["best_dense_us"], r["speed_up"] = best, best / r["us"]
         if out:
             print(json.dumps(r), file=out, flush=True)
-        spread = r["spread"].lower() + (" + estimate" if r["estimate"] else "") + ("" if r["type"] == "f16" else f", {r['type']}")
-        spread += " + cold" if r["cold"] else ""
+        spread = r["spread"].lower() + (" + estimate" if r["estimate"] else "") + ("" if r.get("type", "f16") == "f16" else f", {r['type']}")
+        spread += " + cold" if r.get("cold") else ""
         if "tile" in r:
             spread += f", tiles of {r['tile']}" + (", portable" if r["portable"] else "")
         flat = r["coarse_share"] >= 1
