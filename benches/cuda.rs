@@ -73,8 +73,8 @@ fn parse(text: &str) -> Option<Shape> {
 
 /// A call that is ready to be put on a stream.
 enum Ready {
-    Decode(Attention),
-    Prefill(Prefill),
+    Decode(Box<Attention>),
+    Prefill(Box<Prefill>),
 }
 
 impl Ready {
@@ -82,7 +82,7 @@ impl Ready {
         if s.n_row <= MAX_ROWS {
             let workspace = Workspace::for_calls(device, &calls.iter().collect::<Vec<_>>()).expect("a workspace");
             let made = calls.iter().map(|c| Attention::new(device, c, &workspace).expect("a supported call"));
-            return (made.map(Ready::Decode).collect(), workspace);
+            return (made.map(|a| Ready::Decode(Box::new(a))).collect(), workspace);
         }
         let many = |call: &Call<'_>| {
             let (tile, portable) = (s.tile, s.portable);
@@ -91,7 +91,7 @@ impl Ready {
         let bytes = calls.iter().map(|c| Prefill::bytes_for(device, &many(c)).expect("a supported call")).max();
         let workspace = Workspace::of_bytes(device, bytes.unwrap_or(0)).expect("a workspace");
         let made = calls.iter().map(|c| Prefill::new(device, &many(c), &workspace).expect("a supported call"));
-        (made.map(Ready::Prefill).collect(), workspace)
+        (made.map(|p| Ready::Prefill(Box::new(p))).collect(), workspace)
     }
 
     fn n_stage(&self) -> usize {
@@ -428,7 +428,8 @@ fn prefill_line(
     let keys = prefill.mean_kept(workspace).expect("the device");
     let kept = keys / s.n_prefix as f64;
     let attended = keys + (SINKS + WINDOW + 64) as f64;
-    let tflops = |keys: f64, products: f64, us: f64| 2.0 * products * keys * (s.n_row * s.n_head * s.d) as f64 / us / 1e6;
+    let tflops =
+        |keys: f64, products: f64, us: f64| 2.0 * products * keys * (s.n_row * s.n_head * s.d) as f64 / us / 1e6;
     let n_cluster = ((s.n_prefix - SINKS - WINDOW) / 20) as f64;
     let products = if s.spread == Spread::Diag { 2.0 } else { 1.0 };
     let lookup: f64 = ["check", "plan", "seen", "sums", "means"].into_iter().map(stage).sum();

@@ -39,11 +39,11 @@ impl Many {
             let b = case.call.bindings[stream].clone();
             let tail = b.always[b.index.meta().n_sink as usize..].iter().copied().filter(|c| !b.cells.contains(c));
             let first = stream * n_query * n_kv;
-            let seen: Vec<usize> =
-                tail.map(|c| c as usize).filter(|c| case.mask[first + c] == f16::ZERO).collect();
+            let seen: Vec<usize> = tail.map(|c| c as usize).filter(|c| case.mask[first + c] == f16::ZERO).collect();
             // Two thirds of what is no longer hidden are cells of rows.
             let own = &seen[..(seen.len() * 2 / 3).min(n_query)];
-            let bias: Vec<f16> = own.iter().map(|_| f16::from_f32(if r.below(3) > 0 { 0.0 } else { -1.5 * r.unit() })).collect();
+            let bias: Vec<f16> =
+                own.iter().map(|_| f16::from_f32(if r.below(3) > 0 { 0.0 } else { -1.5 * r.unit() })).collect();
             for query in 0..n_query {
                 let start = self.breaks.iter().copied().filter(|at| *at <= query).max().unwrap_or(0);
                 let row = &mut case.mask[first + query * n_kv..first + (query + 1) * n_kv];
@@ -122,7 +122,12 @@ fn launch(gpu: &OnGpu, prefill: &Prefill) -> Vec<f32> {
 }
 
 /// The tiles that the device has made, which must be the expected ones as far as there is room; the call with them.
-fn with_tiles(case: &Case, many: &Many, prefill: &Prefill, workspace: &Workspace) -> (Vec<Option<Tile>>, attention::Call) {
+fn with_tiles(
+    case: &Case,
+    many: &Many,
+    prefill: &Prefill,
+    workspace: &Workspace,
+) -> (Vec<Option<Tile>>, attention::Call) {
     let n_slot: usize = prefill.slots().iter().sum();
     let all = prefill.tiles(workspace).unwrap();
     let (own, dense) = all.split_at(n_slot);
@@ -154,7 +159,8 @@ fn check(device: &Arc<Device>, many: &Many) {
         let all: Vec<i32> = (0..case.call.rows.len()).map(|r| (r / case.call.problem.q.ne[1]) as i32).collect();
         let given = numbers(&case.call.rows);
         let blind = |r: usize| many.blind.contains(&(r % case.call.problem.q.ne[1]));
-        let own: Vec<i32> = (0..all.len()).map(|r| if blind(r) && many.spec.mask { all[r] } else { given[r] }).collect();
+        let own: Vec<i32> =
+            (0..all.len()).map(|r| if blind(r) && many.spec.mask { all[r] } else { given[r] }).collect();
         gpu.rows.write(0, &own).unwrap();
     }
     with(&gpu, many, |prefill, workspace| {

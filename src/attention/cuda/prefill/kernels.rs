@@ -16,6 +16,11 @@ pub(super) struct Kernel {
     pub blocks: usize,
 }
 
+// SAFETY: a handle of the driver, which any thread may use.
+unsafe impl Send for Kernel {}
+// SAFETY: as above.
+unsafe impl Sync for Kernel {}
+
 /// Kernels of one head size on one path; `None`: blocks of this GPU do not have the shared memory.
 pub(super) struct PathKernels {
     pub path: Path,
