@@ -81,8 +81,8 @@ fn parse(text: &str) -> Option<Shape> {
 
 /// A call that is ready to be put on a stream.
 enum Ready {
-    Decode(Attention),
-    Prefill(Prefill),
+    Decode(Box<Attention>),
+    Prefill(Box<Prefill>),
 }
 
 impl Ready {
@@ -90,7 +90,7 @@ impl Ready {
         if s.n_row <= MAX_ROWS {
             let workspace = Workspace::for_calls(device, &calls.iter().collect::<Vec<_>>()).expect("a workspace");
             let made = calls.iter().map(|c| Attention::new(device, c, &workspace).expect("a supported call"));
-            return (made.map(Ready::Decode).collect(), workspace);
+            return (made.map(|a| Ready::Decode(Box::new(a))).collect(), workspace);
         }
         fn many<'a>(call: &Call<'a>, s: &Shape) -> PrefillCall<'a> {
             PrefillCall { call: *call, tile: s.tile, portable: s.portable, slots: 0 }
@@ -98,7 +98,7 @@ impl Ready {
         let bytes = calls.iter().map(|c| Prefill::bytes_for(device, &many(c, s)).expect("a supported call")).max();
         let workspace = Workspace::of_bytes(device, bytes.unwrap_or(0)).expect("a workspace");
         let made = calls.iter().map(|c| Prefill::new(device, &many(c, s), &workspace).expect("a supported call"));
-        (made.map(Ready::Prefill).collect(), workspace)
+        (made.map(|p| Ready::Prefill(Box::new(p))).collect(), workspace)
     }
 
     fn n_stage(&self) -> usize {

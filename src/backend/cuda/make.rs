@@ -27,7 +27,7 @@ const ROWS_SEEN: usize = 16;
 
 /// What computes an attention node.
 enum Launch {
-    Decode(Attention),
+    Decode(Box<Attention>),
     Prefill(Box<Prefill>),
 }
 
@@ -43,7 +43,7 @@ impl Launch {
         match self {
             Launch::Decode(mut attention) => {
                 attention.count_at(counts);
-                Step::Attend(vec![attention])
+                Step::Attend(vec![*attention])
             }
             Launch::Prefill(mut prefill) => {
                 prefill.count_at(counts);
@@ -498,7 +498,7 @@ impl Ready {
         let gpu = self.gpu.clone();
         let launch = |call: &Call<'_>, workspace: &Workspace| match prefill(call, tile) {
             Some(many) => Ok(Launch::Prefill(Box::new(Prefill::new(&gpu, &many, workspace)?))),
-            None => Attention::new(&gpu, call, workspace).map(Launch::Decode),
+            None => Ok(Launch::Decode(Box::new(Attention::new(&gpu, call, workspace)?))),
         };
         let made = self.workspace(bytes).map(|workspace| calls.iter().map(|call| launch(call, &workspace)).collect());
         self.bindings.all = all;
