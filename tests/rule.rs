@@ -144,14 +144,14 @@ fn check(spec: &Spec, share: f32, heads: bool) {
                 close(view.scores[g * place.end + token], s, "sink's score");
                 near += s.exp();
             }
-            for token in place.first..place.end {
+            for (token, taken) in union.iter_mut().enumerate().take(place.end).skip(place.first) {
                 let cell = binding.cells[token];
                 let s = score(call, &q, *row, head, cell as usize);
                 close(view.scores[g * place.end + token], s, "score");
                 if kept(token) {
                     near += s.exp();
                     cells.push(cell);
-                    union[token] = true;
+                    *taken = true;
                 } else {
                     far += s.exp();
                 }

@@ -31,7 +31,7 @@ enum Command {
     /// Plant facts into a text and write the questions that ask for them
     Facts(facts::FactsArgs),
     /// Measure how far sparse answers are from dense ones
-    Eval(eval::EvalArgs),
+    Eval(Box<eval::EvalArgs>),
     /// Measure speed, dense and sparse, in one process
     Bench(bench::BenchArgs),
     /// Write a model of random weights, for `bench --synthetic-index`

@@ -188,6 +188,7 @@ fn identity(args: &EvalArgs, model: &ModelFile, source: &Source) -> String {
 }
 
 /// Measures what is missing behind one prefix; false if the time is up.
+#[allow(clippy::too_many_arguments)]
 fn measure(
     args: &EvalArgs,
     model: &Model,
@@ -231,7 +232,7 @@ fn measure(
             &serde_json::to_string(&(variant.how, variant.amount))?,
         ]);
         let known = store.setting(&name);
-        let value = runner.solve(variant, &probe, known)?;
+        let value = runner.solve(variant, probe, known)?;
         if known.is_none() {
             store.add_setting(&name, value)?;
         }

@@ -192,7 +192,7 @@ impl<'a> Runner<'a> {
                     self.solved.insert(variant.label.clone(), x);
                     self.ready.remove(&variant.label);
                     let ready = self.ready(variant)?;
-                    self.apply(ready.attention, Some((&ready, build)), false);
+                    self.apply(ready.attention, Some((&ready, build)), false)?;
                     self.session.context.truncate(self.session.n_prefix)?;
                     self.decode(probe, Outputs::Last, Some(&ready))?;
                     ready.attention.check()?;
@@ -254,11 +254,11 @@ impl<'a> Runner<'a> {
     }
 
     /// Puts a way to attend in force.
-    fn apply(&mut self, attention: Attention, ready: Option<(&Ready, Build)>, measure: bool) {
+    fn apply(&mut self, attention: Attention, ready: Option<(&Ready, Build)>, measure: bool) -> Result<()> {
         if let Some((_, build)) = ready {
             let number = self.indexes.iter().position(|(known, _)| *known == build).unwrap_or(0);
             if number != self.present {
-                backend::set_indexes(vec![self.indexes[number].1.clone()]);
+                backend::set_indexes(vec![self.indexes[number].1.clone()])?;
                 self.present = number;
             }
         }
@@ -267,6 +267,7 @@ impl<'a> Runner<'a> {
         // What a generation read is not counted.
         working.iter().for_each(|w| drop(w.take()));
         backend::configure(|config| config.rule = working.map(|w| RuleSetting(w as Arc<_>)));
+        Ok(())
     }
 
     /// Decodes behind what is there, and tells the rule where that is.
@@ -346,7 +347,7 @@ impl<'a> Runner<'a> {
 
     /// Dense attention's answer, with its logits. A reference that is known is not generated again.
     pub fn reference(&mut self, asked: &Asked, known: Option<&Reference>) -> Result<(Reference, Dense)> {
-        self.apply(Attention::Forced, None, false);
+        self.apply(Attention::Forced, None, false)?;
         let mut out = known.cloned().unwrap_or_default();
         let mut dense = Dense::default();
         if !asked.is_text() {
@@ -391,7 +392,7 @@ impl<'a> Runner<'a> {
         let (n_vocab, now) = (self.model.n_vocab(), self.ready(variant)?);
         let now = &*now;
         let ready = Some(now);
-        self.apply(now.attention, Some((now, variant.build(self.usual))), recall);
+        self.apply(now.attention, Some((now, variant.build(self.usual))), recall)?;
         let mut out = Outcome::default();
         let mut compare = |logits: &[f32], dense: &[f32], choice: &mut Vec<i32>| {
             out.kl.push(metrics::kl(dense, logits));

@@ -88,6 +88,9 @@ struct Batch {
     n_row: usize,
 }
 
+/// Tokens selected by anchors, by layer, KV head and row.
+type Anchors = HashMap<(u32, usize, usize), Arc<Vec<u32>>>;
+
 /// A method at work on one prefix.
 pub struct Working {
     method: Method,
@@ -100,8 +103,7 @@ pub struct Working {
     layers: HashMap<u32, Layer>,
     shared: Arc<Shared>,
     batch: Mutex<Batch>,
-    /// Tokens selected by anchors, by layer, KV head and row.
-    anchors: Mutex<HashMap<(u32, usize, usize), Arc<Vec<u32>>>>,
+    anchors: Mutex<Anchors>,
     sums: Mutex<BTreeMap<u32, Sums>>,
 }
 
