@@ -69,7 +69,7 @@ fn tiles_of(case: &Case, tile: usize) -> Vec<Tile> {
     let seen = |row: usize| &case.mask[row * n_kv..(row + 1) * n_kv];
     let follows = |row: usize| {
         let both = || seen(row - 1).iter().zip(seen(row));
-        row % n_query > 0
+        !row.is_multiple_of(n_query)
             && case.call.rows[row - 1] == case.call.rows[row]
             && (p.mask.is_none() || both().all(|(before, own)| shown(own) || !shown(before)))
     };

@@ -1,4 +1,4 @@
-//! LongBench's record format: `context`, `input`, `answers`, `dataset` (https://github.com/THUDM/LongBench). The prompts are our own
+//! LongBench's record format: `context`, `input`, `answers`, `dataset` (<https://github.com/THUDM/LongBench>). The prompts are our own
 //! and short, and answers are not cut or classified by data set, so scores compare ways to attend, not models on a leader board.
 
 use std::path::Path;
