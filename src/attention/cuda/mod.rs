@@ -42,7 +42,7 @@ pub const MAX_ROWS: usize = 16;
 pub const BOUND_MAX: usize = params::MAX_BOUND;
 
 /// Prefix, in tokens, from which a sparse call of one query row is faster than the best dense attention: the default of the
-/// smallest prefix on a GPU. Measured on an H100 (docs/benchmarks.md); what counts is the bytes that a token has in the cache.
+/// smallest prefix on a GPU. Measured on an H100 (docs/benchmarks-gpu.md); what counts is the bytes that a token has in the cache.
 /// Kinds of heads that lie between two measured ones get the longer prefix.
 pub fn min_prefix(n_head_kv: usize, head_dim: usize) -> usize {
     match n_head_kv * head_dim {
