@@ -467,7 +467,12 @@ impl Capture {
         for cell in 0..self.n_prefix {
             for head in 0..r.n_head {
                 let at = cell * r.cell_bytes + head * r.head_bytes;
-                Row { bytes: &bytes[at..at + size], element: r.element, compact: None }.decode(0, &mut plain);
+                let row = &bytes[at..at + size];
+                if r.element == Element::F16 && block == 0 {
+                    out.extend(row.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])));
+                    continue;
+                }
+                Row { bytes: row, element: r.element, compact: None }.decode(0, &mut plain);
                 rotate(&mut plain, block);
                 out.extend(plain.iter().map(|x| f16::from_f32(*x)));
             }
