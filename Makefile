@@ -47,8 +47,8 @@ test: setup
 	cargo test --release --workspace
 	scripts/c-tests.sh
 	scripts/conformance.sh
-	$(MAKE) soak SOAK="--requests 40 --alone 6"
-	$(MAKE) fuzz FUZZ=15
+	$(MAKE) soak SOAK="--requests 24 --alone 4"
+	$(MAKE) fuzz FUZZ=10
 
 demo: setup plugin
 	scripts/llama.sh

@@ -18,6 +18,8 @@ fail() { echo "sanitize.sh: $*" >&2; exit 1; }
 mkdir -p "$work"
 cd "$root"
 export GGML_SQUEEZE_CUDA=0 PROPTEST_CASES=${PROPTEST_CASES:-24}
+# Instrumented vector code takes the optimiser many minutes.
+export CARGO_PROFILE_RELEASE_OPT_LEVEL=1
 
 # An index of a short text, made by the release build; and a prompt that begins with it.
 fixture() {

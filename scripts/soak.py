@@ -40,7 +40,7 @@ FACTS = [
     ("\nIn winter they get hot soup from the", " kitchen"),
 ]
 # The second prefix: an index that is taken for the other's gives the other's fact.
-CHANGES = [("Ambrose", "Oliver"), ("green book", "black book"), ("cellar", "attic"), ("on the left", "on the right"), ("kitchen", "bakery")]
+CHANGES = [("Ambrose", "Oliver"), ("green book", "black book"), ("cellar", "attic"), ("kitchen", "bakery")]
 
 
 def read(name):
@@ -58,7 +58,9 @@ OTHERS = [read("common/text.txt"), read("server/other.txt")]
 
 def right_of(prefix, i):
     question, answer = FACTS[i]
-    return prefix + question, answer if prefix is PREFIX else " " + CHANGES[i][1].split()[-1 if i == 3 else 0]
+    for old, new in CHANGES if prefix is SECOND else []:
+        answer = answer.replace(old, new)
+    return prefix + question, answer
 
 
 def edited(rng, prefix):
@@ -144,7 +146,7 @@ def plan(args):
         else:
             text = rng.choice(OTHERS)
             start = rng.randrange(200)
-            prompt, right = text[start : start + rng.randrange(300, 1300)] + f"\n{number}. In short,", None
+            prompt, right = text[start : start + rng.randrange(300, 1000)] + f"\n{number}. In short,", None
             if kind == "cancelled" and rng.random() < 0.5:
                 prompt = right_of(PREFIX, i)[0]
         yield number, kind, prompt, right, slot, rng.random()
