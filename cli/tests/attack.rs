@@ -81,8 +81,8 @@ fn no_prefix_is_taken_for_another() {
         let Case { model, types, attacks, .. } = &case;
         let index = folder.path().join(model).join("prefix.sqz.gguf");
         if !index.is_file() {
-            // Gemma's window is 512 tokens, and a text must be longer.
-            let text = common::text(if model.starts_with("gemma") { 2000 } else { 700 });
+            // Longer than Gemma's window of 512 tokens, and of a length that `sqz build` cuts into the batches of 512 that are used here.
+            let text = common::text(if model.starts_with("gemma") { 2400 } else { 700 });
             common::build_with(&common::model_file(model), index.parent().unwrap(), &text, &[]);
         }
         let mut command = Command::new(std::env::current_exe().unwrap());
