@@ -301,9 +301,17 @@ __device__ void attend_any(const Call &call) {
     });
 }
 
-#define ATTEND_ANY(DK, DV, NT, BLOCKS)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend_any_##DK##_##DV##_##NT(const __grid_constant__ Call call) { \
-        attend_any<DK, DV, NT>(call);                                                                                              \
+// The compiler needs more registers for the same before 9.0.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int FEWER = 1;
+#else
+constexpr int FEWER = 0;
+#endif
+
+#define ATTEND_ANY(DK, DV, NT, BLOCKS)                                                                      \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS - FEWER)                                   \
+        attend_any_##DK##_##DV##_##NT(const __grid_constant__ Call call) {                                  \
+        attend_any<DK, DV, NT>(call);                                                                       \
     }
 
 }  // namespace squeeze
