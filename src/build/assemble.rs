@@ -110,7 +110,7 @@ impl Assembly {
 #[cfg(test)]
 mod tests {
     use super::super::sample::prefix;
-    use super::super::{sketch, synthetic_layer};
+    use super::super::{sketch, synthetic_layer, window_scores};
     use super::*;
     use crate::index::sample::sample_parts;
     use crate::index::{to_bytes, Index};
@@ -126,7 +126,8 @@ mod tests {
             meta.tokens = (0..n_prefix as i32).collect();
             meta.dense_layers.clear();
             let mut capture = prefix(n_prefix, 100, 2, 7, 64, 1);
-            let layer = synthetic_layer(&capture, &settings).unwrap();
+            let mut layer = synthetic_layer(&capture, &settings).unwrap();
+            layer.scores = window_scores(&layer.parts.view(), &capture.k, settings.n_sink as usize, &capture.q);
             let of = |number: u32| {
                 let mut layer = layer.clone();
                 layer.parts.shape.layer = number;
