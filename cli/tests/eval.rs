@@ -6,6 +6,7 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
+use common::host::turn;
 use common::{sqz, stderr};
 use serde_json::{json, Value};
 
@@ -58,6 +59,7 @@ const TASKS: [&str; 8] =
 
 #[test]
 fn every_way_to_attend_is_asked_everything_and_reads_what_it_is_to() {
+    let _turn = turn();
     let folder = tempfile::tempdir().unwrap();
     let model = random_model(folder.path());
     let report = folder.path().join("r.html");
@@ -105,6 +107,7 @@ fn every_way_to_attend_is_asked_everything_and_reads_what_it_is_to() {
 
 #[test]
 fn an_interrupted_run_goes_on_and_ends_as_one_that_was_not() {
+    let _turn = turn();
     let folder = tempfile::tempdir().unwrap();
     let model = random_model(folder.path());
     let given = |name: &str| {
@@ -157,6 +160,7 @@ fn an_interrupted_run_goes_on_and_ends_as_one_that_was_not() {
 
 #[test]
 fn records_of_longbench_have_a_prefix_each() {
+    let _turn = turn();
     let folder = tempfile::tempdir().unwrap();
     let model = random_model(folder.path());
     let context = |from: usize| sqz::tasks::BUILT_IN[from..from + 900].to_string();
@@ -186,6 +190,7 @@ fn records_of_longbench_have_a_prefix_each() {
 
 #[test]
 fn facts_are_asked_behind_an_index_or_a_text() {
+    let _turn = turn();
     let folder = tempfile::tempdir().unwrap();
     let model = random_model(folder.path());
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
