@@ -48,7 +48,6 @@ test: setup
 	scripts/c-tests.sh
 	scripts/conformance.sh
 	$(MAKE) soak SOAK="--requests 24 --alone 4"
-	$(MAKE) fuzz FUZZ=10
 
 demo: setup plugin
 	scripts/llama.sh
