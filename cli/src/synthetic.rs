@@ -47,12 +47,14 @@ pub struct Prefix {
 fn compute(context: &mut Context<'_>, prefix: &Prefix) -> Result<()> {
     let tokens = &prefix.tokens;
     let free = if prefix.attention_free { tokens.len().saturating_sub(ATTENDED) } else { 0 };
-    let attend = |yes: bool| backend::configure(|config| (config.disable, config.attention_free) = (yes, !yes));
-    let phase = Phase::new("prefill", free);
-    attend(false);
-    context.prefill(&tokens[..free], |done| phase.step(done))?;
-    attend(true);
-    phase.end();
+    if free > 0 {
+        let attend = |yes: bool| backend::configure(|config| (config.disable, config.attention_free) = (yes, !yes));
+        let phase = Phase::new("prefill", free);
+        attend(false);
+        context.prefill(&tokens[..free], |done| phase.step(done))?;
+        attend(true);
+        phase.end();
+    }
     build_cmd::prefill(context, tokens)?;
     Ok(())
 }

@@ -84,7 +84,7 @@ impl Assembly {
         self.scores.push(made.scores);
     }
 
-    /// Calibrates (but a synthetic index), and keeps the probes of the middle and of the last layer.
+    /// Calibrates, and keeps the probes of the middle and of the last layer.
     ///
     /// # Errors
     /// `NoLayer`.
@@ -96,10 +96,8 @@ impl Assembly {
             let why: Vec<String> = meta.dense_layers.iter().map(|(n, why)| format!("layer {n}: {why}")).collect();
             return Err(BuildError::NoLayer { why: why.join("; ") });
         }
-        if !meta.synthetic {
-            let tables = calibrate(&self.scores, &BUDGETS);
-            (meta.calibration, meta.mass_targets) = (tables.budgets, tables.masses);
-        }
+        let tables = calibrate(&self.scores, &BUDGETS);
+        (meta.calibration, meta.mass_targets) = (tables.budgets, tables.masses);
         let probed = [n / 2, n - 1].map(|i| self.parts.layers[i].shape.layer);
         self.probes.retain(|probe| probed.contains(&probe.layer));
         self.parts.probes = self.probes;

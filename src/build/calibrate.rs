@@ -26,7 +26,7 @@ pub struct Tables {
     pub masses: Vec<MassTarget>,
 }
 
-/// One global threshold per budget and one global target per mass; no rows if `scores` is empty.
+/// One global threshold per budget and one global target per mass; no rows if no query was scored.
 ///
 /// T is taken from the scores averaged over the window's queries: the cut that brings the kept share of the `P - W` keys
 /// (sinks counted) nearest to the budget, over all layers and heads. (Cut from single queries' scores, more than
@@ -34,7 +34,7 @@ pub struct Tables {
 /// where estimating stops with the true mass as asked for, on average over queries, heads and layers. Layers must
 /// share P, S and W.
 pub fn calibrate(scores: &[LayerScores], budgets: &[f32]) -> Tables {
-    if scores.is_empty() {
+    if scores.iter().all(|layer| layer.n_query == 0) {
         return Tables::default();
     }
     let mean = mean_scores(scores);
