@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Runs tests under tools that watch memory and threads. Usage: sanitize.sh STEP ...
-#   address   the library's tests under AddressSanitizer, and the plugin, built with it, in llama-completion
+#   address   the library's tests under AddressSanitizer, and the plugin, built with it, in llama-server
 #   thread    what shares anything between threads, under ThreadSanitizer; needs the component rust-src
 #   miri      index views, the C ABI and the scalar attention path under Miri; needs a nightly compiler with Miri
-#   valgrind  the plugin of the release build in llama-completion under memcheck (10 minutes)
+#   valgrind  the plugin of the release build in llama-server under memcheck (10 minutes)
 # address and thread take the stable compiler with its unstable options unlocked. The plugin's steps need scripts/llama.sh,
 # scripts/models.sh and `make plugin`.
 set -euo pipefail
@@ -29,13 +29,36 @@ fixture() {
         { tail -n 5 "$work/build.log" >&2; fail "no index could be built"; }
 }
 
-# host_run PLUGIN COMMAND...: llama-completion with the plugin; it must have been sparse.
+# host_run PLUGIN COMMAND...: llama-server with the plugin, two slots, three requests and an orderly end; it must have been sparse.
 host_run() {
-    local plugin=$1
+    local plugin=$1 port server status=0
     shift
+    port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     env GGML_BACKEND_PATH="$plugin" GGML_SQUEEZE_INDEX="$work/prefix.sqz.gguf" GGML_SQUEEZE_MIN_PREFIX=0 GGML_SQUEEZE_LOG=1 "$@" \
-        "$llama/llama-completion" -m "$models/smollm2-135m.gguf" -f "$work/prompt.txt" -n 6 --temp 0 -no-cnv \
-        --no-display-prompt -t 2 > "$work/host.out" 2> "$work/host.log" || { tail -n 60 "$work/host.log" >&2; fail "the host failed"; }
+        "$llama/llama-server" -m "$models/smollm2-135m.gguf" --host 127.0.0.1 --port "$port" -t 2 -np 2 -c 1024 -fit off --no-ui \
+        --no-warmup > "$work/host.log" 2>&1 &
+    server=$!
+    python3 - "$port" "$work/prompt.txt" "$server" << 'EOF' || status=$?
+import json, os, sys, time, urllib.request
+port, prompt, server = sys.argv[1], open(sys.argv[2], encoding="utf-8").read(), int(sys.argv[3])
+def call(path, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    return json.loads(urllib.request.urlopen(request, timeout=1800).read())
+for _ in range(3000):
+    os.kill(server, 0)
+    try:
+        call("/health")
+        break
+    except OSError:
+        time.sleep(0.2)
+for slot, text in [(0, prompt), (1, "Another text."), (1, prompt)]:
+    reply = call("/completion", {"prompt": text, "n_predict": 6, "temperature": 0, "id_slot": slot, "ignore_eos": True})
+    assert reply["content"], reply
+EOF
+    kill -TERM "$server" 2> /dev/null || true
+    wait "$server" || status=$?
+    [[ $status == 0 ]] || { tail -n 60 "$work/host.log" >&2; fail "the host failed"; }
     grep 'squeeze: totals' "$work/host.log" | grep -v 'sparse 0 nodes' || fail "the plugin was not used: see $work/host.log"
 }
 

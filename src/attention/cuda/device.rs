@@ -59,8 +59,8 @@ pub struct Device {
     pub(super) attends: Mutex<Vec<Attend>>,
     /// By keys, and by mass.
     pub(super) select_tile: [[sys::CUfunction; 2]; params::SELECT_TILE.len()],
-    /// Those of a prefill and their modules, loaded at first need.
-    prefill: OnceLock<Result<(prefill::Kernels, [sys::CUmodule; 3]), Error>>,
+    /// Those of a prefill, loaded at first need.
+    prefill: OnceLock<prefill::Kernels>,
     /// Can a kernel start while the one before it ends? Those built for compute capability 9.0 and later do; PTX for 8.0 does
     /// not, whatever GPU it runs on.
     overlap: bool,
@@ -260,21 +260,36 @@ impl Device {
         Ok(())
     }
 
-    /// The kernels of a prefill.
+    /// The kernels of a prefill; when they cannot be loaded the next call tries again.
     ///
     /// # Errors
     /// They cannot be loaded.
     pub(super) fn prefill(&self) -> Result<&prefill::Kernels, Error> {
-        let load = || {
-            self.enter()?;
-            let module = |image: &'static [u8]| {
-                // SAFETY: a whole fatbin, built in; unloaded in drop.
-                unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(Error::driver("load the kernels"))
-            };
-            let modules = [module(PREFILL_PLAN)?, module(PREFILL_LOOKUP)?, module(PREFILL_ATTEND)?];
-            Ok((prefill::Kernels::new(modules, self.n_sm)?, modules))
+        if let Some(kernels) = self.prefill.get() {
+            return Ok(kernels);
+        }
+        self.enter()?;
+        let mut loaded = Vec::new();
+        let mut load = |image: &'static [u8]| {
+            // SAFETY: a whole fatbin, built in; unloaded below or in drop.
+            let module = unsafe { result::module::load_data(image.as_ptr().cast()) }
+                .map_err(Error::driver("load the kernels"))?;
+            loaded.push(module);
+            Ok(module)
         };
-        self.prefill.get_or_init(load).as_ref().map(|loaded| &loaded.0).map_err(Error::clone)
+        let mut modules = || Ok([load(PREFILL_PLAN)?, load(PREFILL_LOOKUP)?, load(PREFILL_ATTEND)?]);
+        let made = modules().and_then(|modules| prefill::Kernels::new(modules, self.n_sm));
+        match made {
+            Ok(kernels) => {
+                self.modules.lock().unwrap_or_else(|e| e.into_inner()).extend(loaded);
+                Ok(self.prefill.get_or_init(|| kernels))
+            }
+            Err(error) => {
+                // SAFETY: loaded above, and nothing is launched from them.
+                loaded.into_iter().for_each(|module| _ = unsafe { result::module::unload(module) });
+                Err(error)
+            }
+        }
     }
 
     /// Puts a kernel on a stream. `early`: it may start while the one before it ends, where the GPU can.
@@ -365,9 +380,6 @@ impl Drop for Device {
                 .unwrap_or_else(|e| e.into_inner())
                 .iter()
                 .for_each(|m| _ = result::module::unload(*m));
-            if let Some(Ok((_, modules))) = self.prefill.get() {
-                modules.iter().for_each(|m| _ = result::module::unload(*m));
-            }
             let _ = result::primary_ctx::release(self.cu);
         }
     }
