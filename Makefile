@@ -48,6 +48,7 @@ test: setup
 	scripts/c-tests.sh
 	scripts/conformance.sh
 	$(MAKE) soak SOAK="--requests 24 --alone 4"
+	scripts/fuzz.sh smoke
 
 demo: setup plugin
 	scripts/llama.sh

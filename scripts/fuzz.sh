@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Fuzzes with coverage guidance and AddressSanitizer, each target for so many seconds, from the seeds in fuzz/seeds and from what earlier
+# Fuzzes with coverage guidance and AddressSanitizer, each target for so many seconds, from the seeds in fuzz/seeds/*.tar.gz and from what earlier
 # runs have found (target/fuzz/corpus). A finding ends the script; its input is then below target/fuzz/artifacts.
 # Usage: fuzz.sh SECONDS [TARGET ...]     targets: index_bytes index_fields c_abi attention; default: all
+#        fuzz.sh smoke                    all but attention for 10 seconds from some of the seeds, in a build that is sooner made
 #        fuzz.sh seeds                    replaces the seeds by a small choice of the corpus that reaches as much
 #        fuzz.sh coverage                 what the corpus reaches, by file; needs a nightly compiler with llvm-tools
 # The compiler is the stable one with its unstable options unlocked, so that no second one is needed. cargo-fuzz, pinned, is
@@ -12,7 +13,7 @@ target=$(realpath -m "${CARGO_TARGET_DIR:-$root/target}")
 work=$target/fuzz
 version=0.13.2
 all=(index_bytes index_fields c_abi attention)
-usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [[ $# -gt 0 ]] || usage
 
 tool=$target/tools/bin/cargo-fuzz
@@ -23,21 +24,31 @@ export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=$work/build GGML_SQUEEZE_CUDA=0
 export ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=1}
 cd "$root"
 
+# The seeds of a target, in $work/seeds.
+unpack() {
+    rm -rf "$work/seeds/$1"
+    mkdir -p "$work/seeds/$1"
+    [[ ! -f $root/fuzz/seeds/$1.tar.gz ]] || tar -C "$work/seeds/$1" -xzf "$root/fuzz/seeds/$1.tar.gz"
+}
+
 case $1 in
     seeds)
+        mkdir -p "$root/fuzz/seeds"
         for name in "${all[@]}"; do
-            mkdir -p "$work/corpus/$name" "$root/fuzz/seeds/$name"
+            mkdir -p "$work/corpus/$name"
+            unpack "$name"
             rm -rf "$work/least"
             mkdir "$work/least"
-            "$tool" run "$name" "$work/least" "$root/fuzz/seeds/$name" "$work/corpus/$name" -- -merge=1 2> "$work/merge.log"
+            "$tool" run "$name" "$work/least" "$work/seeds/$name" "$work/corpus/$name" -- -merge=1 2> "$work/merge.log"
             # The smallest inputs, up to 60 KiB of them.
-            rm -f "$root/fuzz/seeds/$name"/*
-            find "$work/least" -type f -printf '%s %p\n' | sort -n | while read -r size path; do
+            find "$work/least" -type f -printf '%s %f\n' | sort -n | while read -r size file; do
                 sum=$((${sum:-0} + size))
                 [[ $sum -le 61440 ]] || break
-                cp "$path" "$root/fuzz/seeds/$name/"
-            done
-            echo "$name: $(find "$root/fuzz/seeds/$name" -type f | wc -l) of $(find "$work/least" -type f | wc -l) inputs"
+                echo "$file"
+            done > "$work/chosen"
+            tar -C "$work/least" --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -c -T "$work/chosen" |
+                gzip -9n > "$root/fuzz/seeds/$name.tar.gz"
+            echo "$name: $(wc -l < "$work/chosen") of $(find "$work/least" -type f | wc -l) inputs"
         done
         ;;
     coverage)
@@ -48,7 +59,8 @@ case $1 in
         objects=()
         for name in "${all[@]}"; do
             mkdir -p "$work/corpus/$name"
-            "$tool" coverage "$name" "$root/fuzz/seeds/$name" "$work/corpus/$name" > "$work/coverage.log" 2>&1 || {
+            unpack "$name"
+            "$tool" coverage "$name" "$work/seeds/$name" "$work/corpus/$name" > "$work/coverage.log" 2>&1 || {
                 tail -n 20 "$work/coverage.log" >&2
                 exit 1
             }
@@ -59,16 +71,25 @@ case $1 in
         "$bin/llvm-cov" report -instr-profile "$work/all.profdata" "${objects[@]:1}" -sources "$root"/src/index "$root"/src/capi \
             "$root"/src/attention/cpu "$root"/src/backend/op
         ;;
-    *[!0-9]*) usage ;;
+    *[!0-9]* | '') [[ $1 == smoke ]] || usage ;;&
     *)
-        seconds=$1
+        seconds=$1 profile=--release
+        if [[ $1 == smoke ]]; then
+            seconds=10 profile=--dev
+            # Without attention: its seeds take minutes, and tests/attention.rs checks the same against random calls.
+            all=(index_bytes index_fields c_abi)
+            export CARGO_PROFILE_DEV_OPT_LEVEL=1
+        fi
         shift
         [[ $# -gt 0 ]] || set -- "${all[@]}"
         for name in "$@"; do
-            mkdir -p "$work/corpus/$name" "$work/artifacts/$name" "$root/fuzz/seeds/$name"
-            "$tool" build "$name" 2> "$work/$name.build.log" || { tail -n 40 "$work/$name.build.log" >&2; exit 1; }
+            mkdir -p "$work/corpus/$name" "$work/artifacts/$name"
+            unpack "$name"
+            # Seeds run to their end, however long that takes.
+            [[ $profile == --release ]] || find "$work/seeds/$name" -type f | sort | tail -n +61 | xargs -r rm
+            "$tool" build "$profile" "$name" 2> "$work/$name.build.log" || { tail -n 40 "$work/$name.build.log" >&2; exit 1; }
             # Inputs are small; an allocation far beyond them is a finding, and so is one that takes long.
-            "$tool" run "$name" "$work/corpus/$name" "$root/fuzz/seeds/$name" -- -max_total_time="$seconds" -max_len=16384 \
+            "$tool" run "$profile" "$name" "$work/corpus/$name" "$work/seeds/$name" -- -max_total_time="$seconds" -max_len=16384 \
                 -rss_limit_mb=4096 -malloc_limit_mb=512 -timeout=60 -print_final_stats=1 \
                 -artifact_prefix="$work/artifacts/$name/" > "$work/$name.log" 2>&1 || {
                 grep -vE '^#[0-9]+\s' "$work/$name.log" | tail -n 60 >&2

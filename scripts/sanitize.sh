@@ -90,7 +90,7 @@ miri() {
 valgrind() {
     fixture
     # The tool knows no AVX-512: ggml and the plugin choose AVX2 there.
-    host_run "$target/release/libggml-squeeze.so" command valgrind --quiet --error-exitcode=9 --suppressions="$root/scripts/valgrind.supp" \
+    host_run "$target/release/libggml-squeeze.so" valgrind --quiet --error-exitcode=9 --suppressions="$root/scripts/valgrind.supp" \
         --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite
     echo "valgrind: nothing found"
 }

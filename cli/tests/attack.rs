@@ -64,8 +64,10 @@ fn only(folder: &Path, name: &str) -> Option<PathBuf> {
     let file = format!("libggml-cpu-{name}.so");
     all.join(&file).is_file().then(|| {
         let own = folder.join(name);
-        std::fs::create_dir_all(&own).unwrap();
-        std::os::unix::fs::symlink(all.join(&file), own.join(&file)).unwrap();
+        if !own.is_dir() {
+            std::fs::create_dir(&own).unwrap();
+            std::os::unix::fs::symlink(all.join(&file), own.join(&file)).unwrap();
+        }
         own
     })
 }
