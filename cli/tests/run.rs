@@ -126,9 +126,9 @@ impl Drop for Running {
     }
 }
 
-/// Sparse nodes of the last status line.
+/// Sparse nodes of the last status line, which may have come into the middle of one of the program's.
 fn sparse(said: &str) -> u64 {
-    let line = said.lines().rfind(|l| l.starts_with("squeeze: bound")).unwrap_or_else(|| panic!("no status in {said}"));
+    let line = said.lines().rfind(|l| l.contains("squeeze: bound")).unwrap_or_else(|| panic!("no status in {said}"));
     let at = line.find("sparse ").unwrap() + 7;
     line[at..].split(' ').next().unwrap().parse().unwrap()
 }
