@@ -64,12 +64,13 @@ case $1 in
                 tail -n 20 "$work/coverage.log" >&2
                 exit 1
             }
-            objects+=(-object "$(find "$work/build" -path '*/coverage/*' -path '*/release/*' -name "$name" -type f | head -n 1)")
+            # cargo-fuzz builds for coverage below target/, wherever the rest is built.
+            objects+=(-object "$(find "$work/build" "$root/target" -path '*/coverage/*' -path '*/release/*' -name "$name" -type f | head -n 1)")
         done
         "$bin/llvm-profdata" merge -o "$work/all.profdata" "$root"/fuzz/coverage/*/coverage.profdata
         rm -rf "$root/fuzz/coverage"
         "$bin/llvm-cov" report -instr-profile "$work/all.profdata" "${objects[@]:1}" -sources "$root"/src/index "$root"/src/capi \
-            "$root"/src/attention/cpu "$root"/src/backend/op
+            "$root"/src/attention/cpu
         ;;
     *[!0-9]* | '') [[ $1 == smoke ]] || usage ;;&
     *)
