@@ -24,10 +24,11 @@ export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=$work/build GGML_SQUEEZE_CUDA=0
 export ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=1}
 cd "$root"
 
-# The seeds of a target, in $work/seeds.
+# The seeds of a target, in $work/seeds: those that runs have found and, in a folder of the target's name, those made by hand.
 unpack() {
     rm -rf "$work/seeds/$1"
     mkdir -p "$work/seeds/$1"
+    [[ ! -d $root/fuzz/seeds/$1 ]] || cp "$root/fuzz/seeds/$1"/* "$work/seeds/$1"
     [[ ! -f $root/fuzz/seeds/$1.tar.gz ]] || tar -C "$work/seeds/$1" -xzf "$root/fuzz/seeds/$1.tar.gz"
 }
 
@@ -84,10 +85,11 @@ case $1 in
         for name in "$@"; do
             mkdir -p "$work/corpus/$name" "$work/artifacts/$name"
             unpack "$name"
-            # Seeds run to their end, however long that takes: a call of the oracle takes up to half a minute.
+            # Seeds run to their end, however long that takes: a call of the oracle takes up to half a minute. Those made by hand, whose
+            # names are no hashes, come first.
             keep=60
             [[ $name != attention ]] || keep=8
-            [[ $profile == --release ]] || find "$work/seeds/$name" -type f | sort | tail -n +$((keep + 1)) | xargs -r rm
+            [[ $profile == --release ]] || find "$work/seeds/$name" -type f | sort -r | tail -n +$((keep + 1)) | xargs -r rm
             "$tool" build "$profile" "$name" 2> "$work/$name.build.log" || { tail -n 40 "$work/$name.build.log" >&2; exit 1; }
             # Inputs are small; an allocation far beyond them is a finding, and so is one that takes long.
             "$tool" run "$profile" "$name" "$work/corpus/$name" "$work/seeds/$name" -- -max_total_time="$seconds" -max_len=16384 \
