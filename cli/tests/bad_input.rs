@@ -8,7 +8,7 @@ use std::ptr::null_mut;
 
 use llama_cpp_sys_2 as sys;
 
-use common::{build, build_with, completion, model, model_file, plugin, sqz, stderr, text};
+use common::{build, build_with, completion, model, model_file, own_lines, plugin, sqz, stderr, text};
 
 /// Runs `sqz build` that must fail, and returns what it says.
 fn refused(folder: &Path, text: &str, output: &str, more: &[&str]) -> String {
@@ -97,9 +97,7 @@ fn a_host_with_a_bad_index_lives_and_stays_dense() {
         assert!(run.status.success(), "{word}: {}", stderr(&run));
         assert_eq!(run.stdout, dense.stdout, "{word}: another answer than without the plugin");
         let err = stderr(&run);
-        // It may come into the middle of one of the program's.
-        let line = err.lines().find_map(|l| l.find("squeeze: ").map(|at| &l[at..]));
-        let line = line.unwrap_or_else(|| panic!("{word}: silent"));
+        let line = own_lines(&err).next().unwrap_or_else(|| panic!("{word}: silent"));
         assert!(line.contains(&**path) && line.contains("stays dense"), "{word}: {line}");
         assert!(line.to_lowercase().contains(word), "{word}: {line}");
         said.push(line.replace(&**path, ""));

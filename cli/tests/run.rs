@@ -11,7 +11,7 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{model, plugin, program, stderr, text};
+use common::{model, own_lines, plugin, program, stderr, text};
 use rustix::process::{kill_process, Pid, Signal};
 use serde_json::{json, Value};
 
@@ -126,9 +126,10 @@ impl Drop for Running {
     }
 }
 
-/// Sparse nodes of the last status line, which may have come into the middle of one of the program's.
+/// Sparse nodes of the last status line.
 fn sparse(said: &str) -> u64 {
-    let line = said.lines().rfind(|l| l.contains("squeeze: bound")).unwrap_or_else(|| panic!("no status in {said}"));
+    let status = own_lines(said).rfind(|l| l.starts_with("squeeze: bound"));
+    let line = status.unwrap_or_else(|| panic!("no status in {said}"));
     let at = line.find("sparse ").unwrap() + 7;
     line[at..].split(' ').next().unwrap().parse().unwrap()
 }

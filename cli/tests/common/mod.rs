@@ -40,6 +40,11 @@ pub fn sqz(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_sqz")).args(args).output().unwrap()
 }
 
+/// The plugin's and the tool's own lines in what a program wrote, each of which may have come into the middle of one of the program's.
+pub fn own_lines(said: &str) -> impl DoubleEndedIterator<Item = &str> {
+    said.lines().filter_map(|line| line.find("squeeze: ").map(|at| &line[at..]))
+}
+
 pub fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }

@@ -50,9 +50,8 @@ fn an_index_file_that_changes_under_a_server_changes_nothing_in_it() {
     // Whoever starts now, with what is left, is dense and says so.
     std::fs::write(&path, &whole[..whole.len() / 3]).unwrap();
     let server = start(&path);
-    // A line may come into the middle of one of the server's.
     let log = server.log();
-    let said: Vec<&str> = log.lines().filter_map(|l| l.find("squeeze: ").map(|at| &l[at..])).collect();
+    let said: Vec<&str> = common::own_lines(&log).collect();
     assert!(said.len() == 1 && said[0].contains("cut off") && said[0].contains("stays dense"), "{said:?}");
     assert!(server.ask_slot(0, &prompt, N).content.starts_with(right));
     server.stop();
