@@ -331,5 +331,42 @@ __device__ __forceinline__ float number(uint32_t type, const char *row, uint32_t
     return __half2float(__ushort_as_half(at[9 * block])) * (static_cast<int>(j < 16 ? byte & 15 : byte >> 4) - 8);
 }
 
+// Elements i to i + 7 of such a row, i a multiple of 8, as they are there: loads that do not wait for each other.
+struct Eight {
+    uint16_t words[8];
+    half scale;
+
+    __device__ __forceinline__ void load(uint32_t type, const char *row, uint32_t i) {
+        const uint32_t block = i / 32, j = i % 32;
+        const bool plain = type == TYPE_F16 || type == TYPE_BF16;
+        const char *from = row + (plain ? 2 * i : type == TYPE_Q8_0 ? 34 * block + 2 + j : 18 * block + 2 + j % 16);
+        const uint16_t *at = reinterpret_cast<const uint16_t *>(from);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) words[k] = plain || k < 4 ? __ldg(at + k) : 0;
+        const char *own = row + (type == TYPE_Q8_0 ? 34 : 18) * block;
+        scale = plain ? __float2half(1) : __ushort_as_half(__ldg(reinterpret_cast<const uint16_t *>(own)));
+    }
+    // As F16; what is too large for that is the largest.
+    __device__ __forceinline__ uint4 numbers(uint32_t type, uint32_t i) const {
+        if (type == TYPE_F16) {
+            return {words[0] | static_cast<uint32_t>(words[1]) << 16, words[2] | static_cast<uint32_t>(words[3]) << 16,
+                    words[4] | static_cast<uint32_t>(words[5]) << 16, words[6] | static_cast<uint32_t>(words[7]) << 16};
+        }
+        float x[8];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            if (type == TYPE_BF16) {
+                x[k] = __uint_as_float(static_cast<uint32_t>(words[k]) << 16);
+            } else {
+                const uint32_t byte = words[k / 2] >> 8 * (k % 2) & 255;
+                const int q = type == TYPE_Q8_0 ? static_cast<signed char>(byte) : static_cast<int>(i % 32 < 16 ? byte & 15 : byte >> 4) - 8;
+                x[k] = __half2float(scale) * q;
+            }
+            if (fabsf(x[k]) < INFINITY) x[k] = fminf(fmaxf(x[k], -65504.0f), 65504.0f);
+        }
+        return {pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7])};
+    }
+};
+
 }  // namespace
 }  // namespace squeeze

@@ -288,11 +288,11 @@ struct Tile {
             const uint32_t own = min(tile * TILE + r + 8 * i, bound.layer.n_sink - 1);
             const char *row = keys_of(call, bound.stream, head_kv) + min(bound.always[own], call.n_kv - 1) * call.k.nb1;
             if constexpr (ANY) {
+                Eight own_row[D / 32];
 #pragma unroll
-                for (int j = 0; j < D / 32; ++j) {
-                    const uint2 low = four_numbers(call.k_type, row, 8 * (4 * j + c)), high = four_numbers(call.k_type, row, 8 * (4 * j + c) + 4);
-                    a[i][j] = {low.x, low.y, high.x, high.y};
-                }
+                for (int j = 0; j < D / 32; ++j) own_row[j].load(call.k_type, row, 8 * (4 * j + c));
+#pragma unroll
+                for (int j = 0; j < D / 32; ++j) a[i][j] = own_row[j].numbers(call.k_type, 8 * (4 * j + c));
                 if (HAS_REST<D>) a_rest[i] = four_numbers(call.k_type, row, 32 * (D / 32) + 4 * c);
             } else {
 #pragma unroll

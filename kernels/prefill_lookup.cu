@@ -78,25 +78,28 @@ __device__ void lookup_panel(const Prefill &p) {
 
     const char *keys = keys_of(call, bound.stream, head_kv);
     const uint64_t first_cluster = static_cast<uint64_t>(head_kv) * layer.n_cluster;
+    // A thread's rows lie ROWS apart, a multiple of 8: all have the same place in the swizzle.
+    const int chunk16 = threadIdx.x % CHUNKS, first_row = threadIdx.x / CHUNKS;
+    const uint32_t own_chunk = chunk_at<PREFILL_KEYS>(stages, first_row, chunk16);
+    const char *centroids = reinterpret_cast<const char *>(layer.centroids + (first_cluster + first_row) * D) + 16 * chunk16;
     auto fetch = [&](uint32_t step, uint32_t stage) {
         if (step < to) {
-            const int chunk16 = threadIdx.x % CHUNKS;
-            const uint32_t at = stages + stage * Own::STAGE;
+            const uint32_t at = stages + stage * Own::STAGE, own_at = own_chunk + stage * Own::STAGE;
+            if (step < sink_steps) {
 #pragma unroll
-            for (int i = 0; i < PREFILL_KEYS / ROWS; ++i) {
-                const int row = threadIdx.x / CHUNKS + i * ROWS;
-                const char *src;
-                bool there;
-                if (step < sink_steps) {
-                    const uint32_t sink = step * PREFILL_KEYS + row;
-                    there = sink < layer.n_sink;
-                    src = keys + min(bound.always[there ? sink : 0], call.n_kv - 1) * call.k.nb1;
-                } else {
-                    const uint32_t cluster = (step - sink_steps) * PREFILL_KEYS + row;
-                    there = cluster < layer.n_cluster;
-                    src = reinterpret_cast<const char *>(layer.centroids + (first_cluster + (there ? cluster : 0)) * D);
+                for (int i = 0; i < PREFILL_KEYS / ROWS; ++i) {
+                    const uint32_t sink = step * PREFILL_KEYS + first_row + i * ROWS;
+                    const bool there = sink < layer.n_sink;
+                    const char *row = keys + min(bound.always[there ? sink : 0], call.n_kv - 1) * call.k.nb1;
+                    copy_chunk(own_at + i * ROWS * 128, row + 16 * chunk16, there);
                 }
-                copy_chunk(chunk_at<PREFILL_KEYS>(at, row, chunk16), src + 16 * chunk16, there);
+            } else {
+                const uint32_t first = (step - sink_steps) * PREFILL_KEYS;
+                const char *rows = centroids + static_cast<uint64_t>(first) * (2 * D);
+                const int left = layer.n_cluster - first - first_row;
+#pragma unroll
+                for (int i = 0; i < PREFILL_KEYS / ROWS; ++i)
+                    copy_chunk(own_at + i * ROWS * 128, rows + i * ROWS * 2 * D, i * ROWS < left);
             }
             if constexpr (DIAG) {
 #pragma unroll
@@ -130,8 +133,9 @@ __device__ void lookup_panel(const Prefill &p) {
     for (int s = 0; s < Own::STAGES - 1; ++s) fetch(from + s, s);
     fetch_counts(from);
 
-    // Of each column: the largest number or the sum of squares, for the spread.
-    load_queries<Path, D>(p, head_kv, tile, part, base, [&](int column, int own_lane, float4 &own) {
+    // Scores are for exp2, without the soft-cap. Of each column: the largest number or the sum of squares, for the spread.
+    const float plain = (call.softcap == 0 ? 1.0f : call.softcap) * LOG2E;
+    load_queries<THREADS, D>(p, head_kv, tile, part, base, 0, PREFILL_COLUMNS, threadIdx.x, plain, [&](int column, int own_lane, float4 &own) {
         constexpr int LANES = D / 4;
         // One row's numbers must not spoil the tile's means.
         auto finite = [](float x) { return fminf(fmaxf(x, -HALF_MAX), HALF_MAX); };
@@ -146,7 +150,7 @@ __device__ void lookup_panel(const Prefill &p) {
         if (own_lane == 0) sums[column] = size;
     });
     __syncthreads();
-    const float undo = call.softcap == 0 ? 1.0f : call.softcap, plain = undo * LOG2E, bonus = call.alpha * plain;
+    const float bonus = call.alpha;
     const bool spreads = DIAG || call.spread == SPREAD_RADIUS;
     float factor[MT][2], m[MT][2], l[MT][2];
     half2 inverse[MT][2];
@@ -200,8 +204,11 @@ __device__ void lookup_panel(const Prefill &p) {
         call.y[panel * call.n_cluster + cluster] = sum;
         if (PASS == Pass::MASS) call.x[panel * call.n_cluster + cluster] = mass;
     };
+    uint32_t stage = Own::STAGES - 1;
     for (uint32_t step = from; step < to; ++step) {
-        const uint32_t number = step - from, stage = number % Own::STAGES;
+        // The one of the step before, which is no longer read.
+        const uint32_t free_stage = stage;
+        stage = stage + 1 == Own::STAGES ? 0 : stage + 1;
         if (threadIdx.x < PREFILL_KEYS) {
             float *own = counts + step % 2 * (2 * PREFILL_KEYS) + threadIdx.x;
             own[0] = count, own[PREFILL_KEYS] = width;
@@ -209,7 +216,7 @@ __device__ void lookup_panel(const Prefill &p) {
         await_copies<Own::STAGES - 2>();
         Path::publish();
         __syncthreads();
-        fetch(step + Own::STAGES - 1, (number + Own::STAGES - 1) % Own::STAGES);
+        fetch(step + Own::STAGES - 1, free_stage);
         fetch_counts(step + 1);
         if (PASS != Pass::SUMS && step > from) add_up(step - 1);
         if constexpr (DIAG) {
@@ -252,7 +259,7 @@ __device__ void lookup_panel(const Prefill &p) {
                     for (int i = 0; i < MT; ++i)
 #pragma unroll
                         for (int h = 0; h < 2; ++h)
-                            s[i][t][2 * h + e] = s[i][t][2 * h + e] * plain + bonus * sqrtf(wide[i][t][2 * h + e] * own * factor[i][h]);
+                            s[i][t][2 * h + e] += bonus * sqrtf(wide[i][t][2 * h + e] * own * factor[i][h]);
                 }
         } else if (spreads) {
 #pragma unroll
@@ -263,15 +270,8 @@ __device__ void lookup_panel(const Prefill &p) {
 #pragma unroll
                     for (int i = 0; i < MT; ++i)
 #pragma unroll
-                        for (int h = 0; h < 2; ++h) s[i][t][2 * h + e] = s[i][t][2 * h + e] * plain + factor[i][h] * own;
+                        for (int h = 0; h < 2; ++h) s[i][t][2 * h + e] += factor[i][h] * own;
                 }
-        } else {
-#pragma unroll
-            for (int i = 0; i < MT; ++i)
-#pragma unroll
-                for (int t = 0; t < 8; ++t)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) s[i][t][e] *= plain;
         }
         if (partly) {
             // Centroids are finite, keys in the cache need not be.

@@ -191,7 +191,8 @@ struct Hopper {
     using Squares = HeldSquares<MT, D>;
 
     __device__ static __forceinline__ int first_row() { return threadIdx.x / 32 * 16; }
-    __device__ static __forceinline__ bool works(uint32_t) { return true; }
+    // The same in a whole group.
+    __device__ static __forceinline__ bool works(uint32_t columns) { return threadIdx.x / 128 * 64 < columns; }
     __device__ static __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
     // What wgmma is told of a tile with the swizzle of 128 bytes; rows in groups of 8 take 1024 bytes. `panels`: bytes from one
@@ -259,24 +260,25 @@ struct Hopper {
 };
 #endif
 
-// The queries of a panel to shared memory, times the scale. `look` is given the columns' numbers, four per thread, and may change
-// them.
-template <class Path, int D, typename Look>
+// Columns `from` to `to` of a panel's queries to shared memory, times the scale and `factor`, by THREADS threads of which this is
+// `thread`. `look` is given the columns' numbers, four per thread, and may change them.
+template <int THREADS, int D, typename Look>
 __device__ __forceinline__ void load_queries(const Prefill &p, uint32_t head_kv, const QueryTile &tile, uint32_t part, unsigned char *q,
-                                             Look look) {
-    constexpr int LANES = D / 4, ROWS = Path::THREADS / LANES;
+                                             int from, int to, int thread, float factor, Look look) {
+    constexpr int LANES = D / 4, ROWS = THREADS / LANES;
     const Call &call = p.call;
-    const int lane = threadIdx.x % LANES;
+    const int lane = thread % LANES;
+    const float scale = call.scale * factor;
 #pragma unroll 8
-    for (int column = threadIdx.x / LANES; column < PREFILL_COLUMNS; column += ROWS) {
+    for (int column = from + thread / LANES; column < to; column += ROWS) {
         const uint32_t row = row_of(p, tile, part, column);
         float4 own = {0, 0, 0, 0};
         if (row != ALL) own = reinterpret_cast<const float4 *>(query_of(call, row, head_of(p, head_kv, part, column)))[lane];
-        own = {own.x * call.scale, own.y * call.scale, own.z * call.scale, own.w * call.scale};
+        own = {own.x * scale, own.y * scale, own.z * scale, own.w * scale};
         look(column, lane, own);
         // Chunks begin at the tile's start, whose address is a multiple of 16 bytes.
-        unsigned char *to = q + chunk_at<PREFILL_COLUMNS>(0, column, lane / 2) + lane % 2 * 8;
-        *reinterpret_cast<uint2 *>(to) = {pack(own.x, own.y), pack(own.z, own.w)};
+        unsigned char *at = q + chunk_at<PREFILL_COLUMNS>(0, column, lane / 2) + lane % 2 * 8;
+        *reinterpret_cast<uint2 *>(at) = {pack(own.x, own.y), pack(own.z, own.w)};
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::index::Index;
 
 /// A 4-dimensional strided array in somebody else's memory, in ggml's order (dimension 0 innermost).
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Array {
     pub data: *mut u8,
     /// Elements per dimension.
@@ -79,7 +79,7 @@ pub struct Rotation {
 }
 
 /// One flash-attention call: `dst = softmax(softcap(scale * q k^T) + mask) v`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Problem {
     /// F32 `[head_dim_k, n_query, n_head, n_stream]`.
     pub q: Array,

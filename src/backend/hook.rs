@@ -9,10 +9,12 @@ use ggml_sys as sys;
 
 use super::cuda;
 use super::graph;
+use super::op;
 use super::runtime::{current, enter, snapshot, stats, Scope, Snapshot};
 use super::stats::log;
 use super::status;
 
+type SupportsOp = unsafe extern "C" fn(sys::ggml_backend_dev_t, *const sys::ggml_tensor) -> bool;
 type InitBackend = unsafe extern "C" fn(sys::ggml_backend_dev_t, *const std::ffi::c_char) -> sys::ggml_backend_t;
 
 /// What a device computes with.
@@ -40,6 +42,8 @@ struct Patched {
 struct Hooks {
     /// Original `init_backend` by device address.
     devices: HashMap<usize, (InitBackend, Kind)>,
+    /// Original `supports_op` of GPUs by device address.
+    supports: HashMap<usize, SupportsOp>,
     backends: HashMap<usize, Arc<Patched>>,
 }
 
@@ -62,7 +66,36 @@ pub unsafe fn patch_device(device: sys::ggml_backend_dev_t, kind: Kind) -> Resul
     let original = iface.init_backend.ok_or("a device has no init_backend: nothing can be hooked")?;
     hooks.devices.insert(device as usize, (original, kind));
     iface.init_backend = Some(init_patched);
+    let is_gpu = matches!(hooks.devices[&(device as usize)].1, Kind::Cuda(_));
+    drop(hooks);
+    if is_gpu {
+        // SAFETY: as above.
+        unsafe { patch_supports(device) };
+    }
     Ok(())
+}
+
+/// Lets a GPU's device answer for nodes of the attention op too: those that it could compute as plain attention.
+///
+/// # Safety
+/// As for `patch_device`.
+pub unsafe fn patch_supports(device: sys::ggml_backend_dev_t) {
+    // SAFETY: live by contract.
+    let iface = unsafe { &mut (*device).iface };
+    let Some(original) = iface.supports_op else { return };
+    if original as usize != supports_patched as *const () as usize {
+        hooks().supports.insert(device as usize, original);
+        iface.supports_op = Some(supports_patched);
+    }
+}
+
+unsafe extern "C" fn supports_patched(device: sys::ggml_backend_dev_t, node: *const sys::ggml_tensor) -> bool {
+    let Some(original) = hooks().supports.get(&(device as usize)).copied() else { return false };
+    // SAFETY: ggml asks about a live node, or one without data.
+    let stock = if op::is_in_use() { op::stock_node(unsafe { &*node }) } else { None };
+    let asked = stock.as_ref().map_or(node, |stock| stock as *const sys::ggml_tensor);
+    // SAFETY: the device's own function.
+    unsafe { original(device, asked) }
 }
 
 unsafe extern "C" fn init_patched(

@@ -7,7 +7,7 @@ use std::sync::{Mutex, OnceLock};
 use ggml_sys as sys;
 use ggml_sys::Api;
 
-use super::hook::{patch_backend, patch_device, Kind};
+use super::hook::{patch_backend, patch_device, patch_supports, Kind};
 use super::runtime;
 use super::stats::log;
 use crate::config::Config;
@@ -246,6 +246,10 @@ fn named_device(origin: sys::ggml_backend_dev_t, kind: Kind, number: usize) -> N
     device.iface.get_description = Some(named_description);
     device.iface.init_backend = Some(named_init);
     device.reg = registry_object();
+    if kind != Kind::Cpu {
+        // SAFETY: a copy that nobody else knows yet.
+        unsafe { patch_supports(&mut *device) };
+    }
     let (name, description) = match kind {
         Kind::Cpu => ("SQZ-CPU".to_string(), "ggml-squeeze on the CPU".to_string()),
         Kind::Cuda(_) => (format!("SQZ{}", number - 1), format!("ggml-squeeze on GPU {}", number - 1)),

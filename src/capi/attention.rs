@@ -9,7 +9,7 @@ use super::plain::{self, Plain};
 use super::status::sqz_status::*;
 use super::status::{fail, guard, sqz_status, Failure, Outcome};
 use crate::attention::cpu::Unsupported;
-use crate::attention::{Array, Element, Problem};
+use crate::attention::{cuda, Array, Element, Problem};
 use crate::backend::{element_of, AttendError};
 
 /// Element types, numbered as in ggml_type. Quantised ones have blocks of 32.
@@ -147,6 +147,47 @@ pub unsafe extern "C" fn sqz_attention_compute(
     })
 }
 
+/// As sqz_attention_compute, but over arrays in the memory of CUDA device `device`, as a piece of work on `stream`: a CUstream or
+/// cudaStream_t of the device's primary context (the CUDA runtime's), or null for the default stream. Every pointer in the call
+/// is a device address, `sinks` too; `n_threads` means nothing.
+///
+/// It does not wait for the device but where K and V are new to the context, or may have changed: then they are copied to the
+/// host and verified, so that it must not be called while the stream is captured. Later every call compares the keys of the
+/// last clustered token, and 64 other tokens in turn. Arrays must stay valid until the stream has come past the call, and the
+/// stream until the context is freed. Rows that were sparse are counted (sqz_get_stats) once the device is done. Up to 16 query
+/// rows are sparse, and, where `tile` in the settings is above 1 and K and V are F16 of 64 or 128 elements, up to 8192.
+///
+/// # Safety
+/// `call` is null or has as many bytes as it says, and its arrays are valid device memory in all of their extents.
+#[no_mangle]
+pub unsafe extern "C" fn sqz_attention_launch(
+    context: *const sqz_context,
+    call: *const sqz_attention,
+    device: i32,
+    stream: *mut c_void,
+) -> sqz_status {
+    guard(|| {
+        let context = handle::get::<Context, _>(context)?;
+        if call.is_null() {
+            return fail(SQZ_ERROR_NULL, "the call is null");
+        }
+        let Ok(ordinal) = usize::try_from(device) else {
+            return fail(SQZ_ERROR_ARGUMENT, format!("device {device} is below 0"));
+        };
+        // SAFETY: by contract; of plain numbers and pointers zero is a value.
+        let call = unsafe { plain::read(call, std::mem::zeroed())? };
+        let problem = problem(&call)?;
+        let open = match call.index.is_null() {
+            true => None,
+            false => Some(handle::get::<OpenIndex, _>(call.index)?),
+        };
+        let index = open.as_ref().map(|open| (&open.index, call.layer));
+        // SAFETY: by contract.
+        unsafe { context.op.launch(problem, index, ordinal, stream.cast()) }?;
+        Ok(())
+    })
+}
+
 impl From<AttendError> for Failure {
     fn from(error: AttendError) -> Failure {
         let status = match &error {
@@ -154,6 +195,9 @@ impl From<AttendError> for Failure {
             AttendError::Unsupported(_) => SQZ_ERROR_UNSUPPORTED,
             AttendError::Threads { .. } => SQZ_ERROR_ARGUMENT,
             AttendError::Panic => SQZ_ERROR_INTERNAL,
+            AttendError::Gpu(cuda::Error::Memory { .. }) => SQZ_ERROR_MEMORY,
+            AttendError::Gpu(cuda::Error::Unsupported { .. }) => SQZ_ERROR_UNSUPPORTED,
+            AttendError::Gpu(_) => SQZ_ERROR_DEVICE,
         };
         Failure { status, text: error.to_string() }
     }

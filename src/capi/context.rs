@@ -266,6 +266,9 @@ pub extern "C" fn sqz_detach(context: *const sqz_context, index: *const sqz_inde
 #[no_mangle]
 pub unsafe extern "C" fn sqz_get_stats(context: *const sqz_context, out: *mut sqz_stats) -> sqz_status {
     guard(|| {
+        if !context.is_null() {
+            handle::get::<Context, _>(context)?.op.settle();
+        }
         let totals = within(context, || Ok(backend::stats()))?;
         let stats = sqz_stats {
             size: size_of::<sqz_stats>(),

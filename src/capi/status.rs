@@ -43,8 +43,10 @@ pub enum sqz_status {
     SQZ_ERROR_HOST = 27013,
     /// A call that the kernels do not take.
     SQZ_ERROR_UNSUPPORTED = 27014,
-    /// The system has no memory for it.
+    /// The system (or the GPU) has no memory for it.
     SQZ_ERROR_MEMORY = 27015,
+    /// No GPU that could be used: none of this number, no driver, a build without kernels, or the driver refuses.
+    SQZ_ERROR_DEVICE = 27016,
     /// A fault of this library; nothing was changed.
     SQZ_ERROR_INTERNAL = 27099,
 }
@@ -126,7 +128,7 @@ fn why(panic: &(dyn Any + Send)) -> String {
 /// Text of a status, never null, static. Thread-safe.
 #[no_mangle]
 pub extern "C" fn sqz_status_str(status: i32) -> *const c_char {
-    const TEXTS: [(sqz_status, &CStr); 17] = [
+    const TEXTS: [(sqz_status, &CStr); 18] = [
         (SQZ_OK, c"no error"),
         (SQZ_ERROR_NULL, c"a pointer is null"),
         (SQZ_ERROR_HANDLE, c"not a live handle of this type"),
@@ -143,6 +145,7 @@ pub extern "C" fn sqz_status_str(status: i32) -> *const c_char {
         (SQZ_ERROR_HOST, c"no ggml that this library is made for"),
         (SQZ_ERROR_UNSUPPORTED, c"a call that the kernels do not take"),
         (SQZ_ERROR_MEMORY, c"the system has no memory for it"),
+        (SQZ_ERROR_DEVICE, c"no GPU that could be used"),
         (SQZ_ERROR_INTERNAL, c"a fault of ggml-squeeze"),
     ];
     TEXTS.iter().find(|(s, _)| *s as i32 == status).map_or(c"unknown status", |(_, text)| text).as_ptr()

@@ -250,10 +250,30 @@ pub struct Backend(sys::ggml_backend_t);
 // SAFETY: used by one thread at a time.
 unsafe impl Send for Backend {}
 
+fn start() {
+    static START: Once = Once::new();
+    START.call_once(|| sqz::llama::start(false).expect("ggml's backends load"));
+}
+
 impl Backend {
+    /// A hooked one on the first GPU.
+    pub fn gpu() -> Backend {
+        start();
+        ggml_squeeze::backend::register(Config::default()).expect("the plugin can be registered");
+        // SAFETY: ggml's own functions on its own devices.
+        unsafe {
+            let device = sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_GPU);
+            assert!(!device.is_null(), "no GPU backend: set SQZ_BACKENDS or GGML_BACKEND_PATH");
+            Backend(sys::ggml_backend_dev_init(device, std::ptr::null()))
+        }
+    }
+
+    pub fn raw(&self) -> sys::ggml_backend_t {
+        self.0
+    }
+
     pub fn new(n_threads: usize) -> Backend {
-        static START: Once = Once::new();
-        START.call_once(|| sqz::llama::start(false).expect("ggml's backends load"));
+        start();
         // SAFETY: ggml's own functions on its own devices; the function found has this type in ggml-cpu.h.
         unsafe {
             let device = sys::ggml_backend_dev_by_type(sys::GGML_BACKEND_DEVICE_TYPE_CPU);
@@ -284,11 +304,11 @@ pub enum Node<'a> {
     Stock,
 }
 
-/// Tensors in memory of ggml's CPU buffers and a graph with one attention node.
+/// Tensors in a backend's memory and a graph with one attention node.
 pub struct Graph {
     context: *mut sys::ggml_context,
     buffer: sys::ggml_backend_buffer_t,
-    graph: *mut sys::ggml_cgraph,
+    pub graph: *mut sys::ggml_cgraph,
     pub node: *mut sys::ggml_tensor,
     pub source: Source,
     /// Q, K and V as they were made, before views, and the mask.
@@ -434,12 +454,18 @@ impl Graph {
 
     /// Computes the graph; `[stream][query][head][dv]`.
     pub fn run(&self, backend: &Backend) -> Vec<f32> {
+        self.run_by(|| self.compute(backend))
+    }
+
+    /// The same with something that computes the graph.
+    pub fn run_by(&self, compute: impl FnOnce()) -> Vec<f32> {
         // SAFETY: the node is F32 and contiguous.
         unsafe {
-            let n = sys::ggml_nelements(self.node) as usize;
-            std::slice::from_raw_parts_mut((*self.node).data.cast::<f32>(), n).fill(f32::NAN);
-            self.compute(backend);
-            std::slice::from_raw_parts((*self.node).data.cast::<f32>(), n).to_vec()
+            let mut out = vec![f32::NAN; sys::ggml_nelements(self.node) as usize];
+            sys::ggml_backend_tensor_set(self.node, out.as_ptr().cast(), 0, size_of_val(&out[..]));
+            compute();
+            sys::ggml_backend_tensor_get(self.node, out.as_mut_ptr().cast(), 0, size_of_val(&out[..]));
+            out
         }
     }
 

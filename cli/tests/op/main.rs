@@ -1,6 +1,7 @@
 //! The attention op of a host's own graph, on ggml's CPU backend: against the specification and against ggml's own op, with
-//! caches that do not hold the prefix, computed again, rebuilt, on any number of threads.
+//! caches that do not hold the prefix, computed again, rebuilt, on any number of threads. `gpu` does the same on a GPU, if asked to.
 
+mod gpu;
 mod host;
 mod stale;
 

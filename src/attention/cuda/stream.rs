@@ -11,6 +11,7 @@ use super::{Device, Error};
 pub struct Stream {
     device: Arc<Device>,
     raw: sys::CUstream,
+    is_ours: bool,
 }
 
 // SAFETY: a handle of the driver, which any thread may use.
@@ -25,7 +26,15 @@ impl Stream {
         device.enter()?;
         let raw =
             result::stream::create(result::stream::StreamKind::NonBlocking).map_err(Error::driver("make a stream"))?;
-        Ok(Stream { device: device.clone(), raw })
+        Ok(Stream { device: device.clone(), raw, is_ours: true })
+    }
+
+    /// A stream of somebody else's.
+    ///
+    /// # Safety
+    /// `raw` is a stream of the device's primary context and outlives this.
+    pub unsafe fn of_host(device: &Arc<Device>, raw: sys::CUstream) -> Stream {
+        Stream { device: device.clone(), raw, is_ours: false }
     }
 
     /// The driver's handle.
@@ -66,6 +75,46 @@ impl Stream {
         self.device.enter()?;
         // SAFETY: `out` has its length and outlives the copy, which is awaited; `from` by contract.
         unsafe { result::memcpy_dtoh_async(out, from, self.raw) }.map_err(Error::driver("copy from the device"))?;
+        self.synchronize()
+    }
+
+    /// Copies `n` rows of `bytes` bytes from device memory, `step` bytes apart, to consecutive ones, after what is on the stream.
+    /// Waits for it.
+    ///
+    /// # Errors
+    /// As for `synchronize`.
+    ///
+    /// # Safety
+    /// The rows are device memory.
+    ///
+    /// # Panics
+    /// `out` is of another size.
+    pub unsafe fn read_rows(&self, from: u64, step: usize, bytes: usize, out: &mut [u8]) -> Result<(), Error> {
+        assert!(bytes > 0 && out.len().is_multiple_of(bytes), "whole rows");
+        if out.is_empty() {
+            return Ok(());
+        }
+        self.device.enter()?;
+        let copy = sys::CUDA_MEMCPY2D_v2 {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            srcHost: std::ptr::null(),
+            srcDevice: from,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: step,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+            dstHost: out.as_mut_ptr().cast(),
+            dstDevice: 0,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: bytes,
+            WidthInBytes: bytes,
+            Height: out.len() / bytes,
+        };
+        // SAFETY: `out` has room for all rows and outlives the copy, which is awaited; the rows by contract.
+        unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.raw) }.result().map_err(Error::driver("copy from the device"))?;
         self.synchronize()
     }
 
@@ -140,7 +189,7 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if self.device.enter().is_ok() {
+        if self.is_ours && self.device.enter().is_ok() {
             // SAFETY: ours; work on it is finished by the driver first.
             let _ = unsafe { result::stream::destroy(self.raw) };
         }

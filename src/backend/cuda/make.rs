@@ -10,14 +10,16 @@ use super::super::runtime::{Loaded, Snapshot};
 use super::super::stats::Reason;
 use super::bindings::{device_rows, Gpu, Seen};
 use super::plan::{Counted, Plan, Share, Step, Tally};
+use super::planner::dense_call;
 use super::stock::Stock;
 use super::survey::{Site, Survey};
 use super::Ready;
 use crate::attention::cuda::{
-    self, Attention, Bound, Call, Error, Masks, Prefill, PrefillCall, RowMap, RowNumbers, Watched, Workspace,
+    self, Attention, Bound, Call, Device, Error, Masks, Prefill, PrefillCall, RowMap, RowNumbers, Stream, Watched, Workspace,
     BOUND_MAX, MAX_PREFILL_ROWS, MAX_ROWS,
 };
-use crate::attention::{Array, Element, Mode, Problem, Rotation, Selection, Spread};
+use crate::attention::{Array, Element, Problem, Rotation, Selection};
+use crate::index::Index;
 
 /// A plan, the reasons of nodes that stay dense, and the number of forced ones.
 type Made = (Plan, Vec<Reason>, u64);
@@ -26,46 +28,82 @@ type Made = (Plan, Vec<Reason>, u64);
 const ROWS_SEEN: usize = 16;
 
 /// What computes an attention node.
-enum Launch {
+pub(super) enum Launch {
     Decode(Box<Attention>),
     Prefill(Box<Prefill>),
 }
 
 impl Launch {
-    fn counted(&self, n_row: usize, n_head_kv: usize) -> Counted {
+    /// `many`: the call, if it is a prefill.
+    pub(super) fn new(
+        gpu: &Arc<Device>,
+        call: &Call<'_>,
+        many: Option<&PrefillCall<'_>>,
+        workspace: &Workspace,
+    ) -> Result<Launch, Error> {
+        Ok(match many {
+            Some(many) => Launch::Prefill(Box::new(Prefill::new(gpu, many, workspace)?)),
+            None => Launch::Decode(Box::new(Attention::new(gpu, call, workspace)?)),
+        })
+    }
+
+    /// `share`: what a binding's kept keys are a share of, where the graph's bindings are not all nodes'.
+    pub(super) fn counted(&self, n_row: usize, n_head_kv: usize, share: Option<Share>) -> Counted {
         match self {
-            Launch::Decode(_) => Counted { groups: vec![n_row], n_head_kv, tiles: false },
-            Launch::Prefill(prefill) => Counted { groups: prefill.slots(), n_head_kv, tiles: true },
+            Launch::Decode(_) => Counted { groups: vec![n_row], n_head_kv, tiles: false, share },
+            Launch::Prefill(prefill) => Counted { groups: prefill.slots(), n_head_kv, tiles: true, share },
         }
     }
 
-    fn step(self, counts: u64) -> Step {
+    /// From now on the counts go to this device address.
+    pub(super) fn count_at(&mut self, counts: u64) {
         match self {
-            Launch::Decode(mut attention) => {
-                attention.count_at(counts);
-                Step::Attend(vec![*attention])
-            }
-            Launch::Prefill(mut prefill) => {
-                prefill.count_at(counts);
-                Step::Prefill(prefill)
+            Launch::Decode(attention) => attention.count_at(counts),
+            Launch::Prefill(prefill) => prefill.count_at(counts),
+        }
+    }
+
+    pub(super) fn step(mut self, counts: u64) -> Step {
+        self.count_at(counts);
+        match self {
+            Launch::Decode(attention) => Step::Attend(vec![*attention]),
+            Launch::Prefill(prefill) => Step::Prefill(prefill),
+        }
+    }
+
+    /// Puts the call on a stream.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    ///
+    /// # Safety
+    /// As for `Attention::launch`.
+    pub(super) unsafe fn start(&self, stream: &Stream) -> Result<(), Error> {
+        // SAFETY: the same contract.
+        unsafe {
+            match self {
+                Launch::Decode(attention) => attention.launch_after_others(stream.raw()),
+                Launch::Prefill(prefill) => prefill.launch(stream.raw()),
             }
         }
     }
 }
 
 /// Is it more than decode, and in how large tiles? Rows are known to see their prefixes, since a map of rows has looked.
-fn prefill<'a>(call: &Call<'a>, tile: usize) -> Option<PrefillCall<'a>> {
+pub(super) fn prefill<'a>(call: &Call<'a>, tile: usize) -> Option<PrefillCall<'a>> {
     let many = call.problem.n_row() > MAX_ROWS;
     many.then_some(PrefillCall { call: *call, tile, portable: false, slots: 0 })
 }
 
 /// Shortest prefix that an index is used for.
 fn min_prefix(snapshot: &Snapshot, matcher: &Matcher) -> usize {
-    let measured = || {
-        let shapes = matcher.index.shapes().iter();
-        shapes.map(|s| cuda::min_prefix(s.n_head_kv as usize, s.head_dim_k as usize)).max().unwrap_or(usize::MAX)
-    };
-    snapshot.config.min_prefix.unwrap_or_else(measured)
+    snapshot.config.min_prefix.unwrap_or_else(|| min_prefix_of(&matcher.index))
+}
+
+/// The measured one.
+pub(super) fn min_prefix_of(index: &Index) -> usize {
+    let shapes = index.shapes().iter();
+    shapes.map(|s| cuda::min_prefix(s.n_head_kv as usize, s.head_dim_k as usize)).max().unwrap_or(usize::MAX)
 }
 
 /// One stream's rows `first..first + n` of a call.
@@ -197,22 +235,9 @@ impl Ready {
         Ok((plan, dense, 0))
     }
 
-    /// A plan in which `own` (by node) replaces nodes, and the stock backend computes the others.
+    /// A plan in which `own` (by node) replaces nodes.
     fn plan_of(&self, survey: &Survey, own: Vec<(usize, Step)>, n_node: usize) -> Plan {
-        let mut steps = Vec::new();
-        let mut next = 0;
-        for (node, step) in own {
-            if node > next {
-                steps.push(Step::Stock(next..node));
-            }
-            steps.push(step);
-            next = node + 1;
-        }
-        if !steps.is_empty() && next < n_node {
-            steps.push(Step::Stock(next..n_node));
-        }
-        let workspace = self.workspace.clone();
-        Plan { steps, _workspace: workspace, can_be_captured: survey.can_be_captured, ..Plan::default() }
+        Plan::of(own, n_node, survey.can_be_captured, self.workspace.clone())
     }
 
     /// A workspace of so many bytes, shared by all plans that it is large enough for.
@@ -229,47 +254,38 @@ impl Ready {
 
     /// Every node that the kernels take, over all its cells.
     fn forced(&mut self, survey: &Survey, dense: &mut Vec<Reason>) -> Result<Vec<(usize, Step)>, Error> {
-        let selection =
-            Selection { mode: Mode::Budget(1.0), spread: Spread::None, alpha: 0.0, estimate: false, coarse_share: 1.0 };
         let rows = self.dense_rows.address();
+        let call = |problem: Problem| dense_call(&problem, rows);
         let mut own = Vec::new();
+        // All share one workspace, which has to be large enough for each.
+        let mut most = 0;
         for site in &survey.sites {
-            let rotation = Rotation::default();
-            let call = |problem| Call {
-                problem,
-                rotation,
-                layer: 0,
-                selection,
-                rows,
-                seen: true,
-                bounds: &[],
-                first_stream: 0,
-            };
-            if let Some(many) = prefill(&call(site.problem), 1) {
-                let workspace = Prefill::bytes_for(&self.gpu, &many).and_then(|bytes| self.workspace(bytes));
-                let made = workspace.and_then(|workspace| Prefill::new(&self.gpu, &many, &workspace));
-                match made {
-                    Ok(made) => {
-                        own.push((site.node, Step::Prefill(Box::new(made))));
-                        continue;
-                    }
-                    // What the kernels for few rows take is more.
-                    Err(Error::Unsupported { .. }) => {}
-                    Err(error) => return Err(error),
-                }
-            }
+            let whole = call(site.problem);
+            let many = prefill(&whole, 1).and_then(|many| Prefill::bytes_for(&self.gpu, &many).ok());
             let calls: Vec<Call<'_>> = cut(&site.problem).into_iter().map(call).collect();
-            let bytes = Workspace::bytes_for(&self.gpu, &calls.iter().collect::<Vec<_>>());
-            let made = bytes.and_then(|bytes| self.workspace(bytes)).and_then(|workspace| {
-                calls.iter().map(|call| Attention::new(&self.gpu, call, &workspace)).collect::<Result<Vec<_>, _>>()
-            });
-            match made {
-                Ok(launches) => own.push((site.node, Step::Attend(launches))),
+            // What the kernels for few rows take is more.
+            let bytes = match many {
+                Some(bytes) => Ok(bytes),
+                None => Workspace::bytes_for(&self.gpu, &calls.iter().collect::<Vec<_>>()),
+            };
+            match bytes {
+                Ok(bytes) => {
+                    most = most.max(bytes);
+                    own.push((site.node, whole, many.is_some(), calls));
+                }
                 Err(Error::Unsupported { .. }) => dense.push(Reason::Kernel),
                 Err(error) => return Err(error),
             }
         }
-        Ok(own)
+        let workspace = self.workspace(most)?;
+        let step = |(node, whole, is_many, calls): (usize, Call<'_>, bool, Vec<Call<'_>>)| {
+            if let Some(many) = prefill(&whole, 1).filter(|_| is_many) {
+                return Ok((node, Step::Prefill(Box::new(Prefill::new(&self.gpu, &many, &workspace)?))));
+            }
+            let launches = calls.iter().map(|call| Attention::new(&self.gpu, call, &workspace));
+            Ok((node, Step::Attend(launches.collect::<Result<_, _>>()?)))
+        };
+        own.into_iter().map(step).collect()
     }
 
     /// A map over all bindings, of which rows may have those numbered in `choice`.
@@ -435,7 +451,7 @@ impl Ready {
         }
         let counted = sites.iter().zip(&made).map(|(site, launch)| {
             let p = &site.problem;
-            launch.counted(p.n_row(), p.k.ne[2])
+            launch.counted(p.n_row(), p.k.ne[2], None)
         });
         let tally = Tally::new(&self.gpu, counted.collect(), p.n_row(), shares)?;
         let steps = sites.iter().zip(made).enumerate();
@@ -496,9 +512,9 @@ impl Ready {
         });
         let bytes = bytes.max().unwrap_or(0);
         let gpu = self.gpu.clone();
-        let launch = |call: &Call<'_>, workspace: &Workspace| match prefill(call, tile) {
-            Some(many) => Ok(Launch::Prefill(Box::new(Prefill::new(&gpu, &many, workspace)?))),
-            None => Ok(Launch::Decode(Box::new(Attention::new(&gpu, call, workspace)?))),
+        let launch = |call: &Call<'_>, workspace: &Workspace| {
+            let many = prefill(call, tile);
+            Launch::new(&gpu, call, many.as_ref(), workspace)
         };
         let made = self.workspace(bytes).map(|workspace| calls.iter().map(|call| launch(call, &workspace)).collect());
         self.bindings.all = all;

@@ -5,8 +5,12 @@
 //! launched, and waits for the device only where a new graph may bring a new binding.
 
 mod bindings;
+mod calls;
 mod make;
+mod nodes;
+mod places;
 mod plan;
+mod planner;
 mod stock;
 mod survey;
 
@@ -15,10 +19,14 @@ use std::sync::Arc;
 use ggml_sys as sys;
 
 use self::bindings::Bindings;
+use self::nodes::NodeGraph;
 use self::plan::{Failure, Lanes, Plan};
+use self::planner::Planner;
+pub use self::calls::Calls;
 pub use self::stock::Stock;
 use self::survey::Survey;
 use super::layers::Layers;
+use super::op;
 use super::runtime::{count, Snapshot};
 use super::stats::{log, Reason};
 use super::tensor::Tensor;
@@ -58,6 +66,9 @@ struct Ready {
     /// Settings that the plans are made under.
     snapshot: Arc<Snapshot>,
     graphs: Vec<Known>,
+    /// Of graphs with nodes of the attention op, and the caches that these read.
+    node_graphs: Vec<NodeGraph>,
+    planner: Planner,
     workspace: Option<Arc<Workspace>>,
     /// Rows of a call without bindings: all dense.
     dense_rows: Buffer,
@@ -87,6 +98,12 @@ impl Instance {
         stock: &Stock<'_>,
         snapshot: &Arc<Snapshot>,
     ) -> sys::ggml_status {
+        if op::is_in_use() {
+            // SAFETY: ggml hands us a live graph; contexts outlive the graphs with their nodes.
+            if let Some(status) = unsafe { self.compute_nodes(graph, stock, snapshot) } {
+                return status;
+            }
+        }
         let config = &snapshot.config;
         let wanted = config.force || config.attention_free || !snapshot.indexes.is_empty();
         if config.disable || !wanted {
@@ -148,6 +165,8 @@ impl Ready {
             bindings: Bindings::default(),
             snapshot: snapshot.clone(),
             graphs: Vec::new(),
+            node_graphs: Vec::new(),
+            planner: Planner::new(&gpu),
             workspace: None,
             dense_rows: Buffer::of(&gpu, "the rows of a graph", &[-1i32; MAX_PREFILL_ROWS])?,
             said: None,
@@ -168,6 +187,7 @@ impl Ready {
             self.settle();
         }
         self.graphs.clear();
+        self.node_graphs.clear();
         self.bindings.all.clear();
     }
 
@@ -178,6 +198,7 @@ impl Ready {
             let tallies = self.graphs.iter_mut().filter_map(|g| g.plan.tally.as_mut());
             tallies.for_each(|tally| tally.settle(stats, log_graph));
         });
+        self.settle_nodes();
     }
 
     fn compute(

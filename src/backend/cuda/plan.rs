@@ -36,6 +36,8 @@ pub struct Counted {
     pub groups: Vec<usize>,
     pub n_head_kv: usize,
     pub tiles: bool,
+    /// That of all its bindings; none: they are the graph's.
+    pub share: Option<Share>,
 }
 
 impl Counted {
@@ -53,6 +55,8 @@ pub struct Tally {
     n_row: usize,
     done: Event,
     pending: bool,
+    /// Nodes that had no sparse row the last time.
+    pub unbound: usize,
 }
 
 impl Tally {
@@ -70,6 +74,7 @@ impl Tally {
             shares,
             done: Event::new(device)?,
             pending: false,
+            unbound: 0,
         })
     }
 
@@ -79,12 +84,28 @@ impl Tally {
         self.device.address() + 4 * before as u64
     }
 
+    /// Brings the counts to the host, after what is on the stream.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    ///
+    /// # Safety
+    /// This lives until the stream has come so far.
+    pub unsafe fn collect(&mut self, stream: &Stream) -> Result<(), Error> {
+        // SAFETY: of one size; the rest is the caller's contract.
+        unsafe { stream.copy_out(&self.host, self.device.address())? };
+        self.done.record(stream)?;
+        self.pending = true;
+        Ok(())
+    }
+
     /// Adds what a graph that is done has left, once.
     pub fn settle(&mut self, stats: &mut Stats, log_graph: bool) {
         if !self.pending || !self.done.is_past() {
             return;
         }
         self.pending = false;
+        self.unbound = 0;
         let before = log_graph.then(|| stats.clone());
         let mut at = 0;
         for node in &self.nodes {
@@ -101,14 +122,18 @@ impl Tally {
                     }
                 };
                 at += Attention::WORK_WORDS;
-                let Some(share) = bound.and_then(|b| self.shares.get(b)) else { continue };
+                let share_of = |b| node.share.or_else(|| self.shares.get(b).copied());
+                let Some(share) = bound.and_then(share_of) else { continue };
                 let own_rows = own_rows as u64;
                 rows += if is_first_head { own_rows } else { 0 };
                 sum += own_rows as f64 * (share.n_sink + n_key) as f64 / share.n_key.max(1) as f64;
                 n += own_rows;
             }
             match rows {
-                0 => stats.dense(Reason::Unbound),
+                0 => {
+                    self.unbound += 1;
+                    stats.dense(Reason::Unbound);
+                }
                 _ => stats.nodes_sparse += 1,
             }
             stats.rows_sparse += rows;
@@ -185,6 +210,23 @@ impl From<Error> for Failure {
 }
 
 impl Plan {
+    /// A plan in which `own` (by node) replaces nodes, and the stock backend computes the others.
+    pub fn of(own: Vec<(usize, Step)>, n_node: usize, can_be_captured: bool, workspace: Option<Arc<Workspace>>) -> Plan {
+        let mut steps = Vec::new();
+        let mut next = 0;
+        for (node, step) in own {
+            if node > next {
+                steps.push(Step::Stock(next..node));
+            }
+            steps.push(step);
+            next = node + 1;
+        }
+        if !steps.is_empty() && next < n_node {
+            steps.push(Step::Stock(next..n_node));
+        }
+        Plan { steps, _workspace: workspace, can_be_captured, ..Plan::default() }
+    }
+
     /// Had no row of the last run a binding, or can none have one now? Then the stock backend computes the graph: its results
     /// are the ones without an index. Looked at again after each run.
     pub fn is_idle(&self) -> bool {

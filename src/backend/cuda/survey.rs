@@ -47,14 +47,18 @@ fn may_wait(node: &Tensor) -> bool {
     node.ne()[2] > 1 || node.src(0).is_none_or(plain)
 }
 
+/// Is every node one that a captured graph may hold?
+pub fn can_be_captured(nodes: &[Tensor]) -> bool {
+    !nodes.iter().any(may_wait)
+}
+
 impl Survey {
     /// Reads a graph's nodes; `layers` learns the cache tensors.
     pub fn of(nodes: &[Tensor], snapshot: &Snapshot, layers: &mut Layers) -> Survey {
-        let mut survey = Survey { can_be_captured: true, ..Survey::default() };
+        let mut survey = Survey { can_be_captured: can_be_captured(nodes), ..Survey::default() };
         let mut seen = Vec::new();
         let indexed = |layer: u32| snapshot.indexes.iter().any(|l| l.matcher.index.layer(layer).is_some());
         for (at, node) in nodes.iter().enumerate() {
-            survey.can_be_captured &= !may_wait(node);
             if node.is_flash_attention() {
                 for root in [node.src(1), node.src(2)].into_iter().flatten().map(|t| t.root()) {
                     seen.extend(root.cache_layer().map(|(layer, half)| (layer, half, root)));

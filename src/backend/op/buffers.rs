@@ -4,12 +4,14 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use cudarc::driver::sys::CUstream;
 use rayon::ThreadPool;
 
 use super::run::Run;
 use super::{lock, sparse_at_all, OpContext};
 use crate::attention::cpu::{check_problem, Kept, Plan, Unsupported};
-use crate::attention::Problem;
+use crate::attention::{cuda, Problem};
+use crate::backend::cuda::Calls;
 use crate::backend::runtime::{count, enter};
 use crate::index::Index;
 
@@ -41,6 +43,8 @@ pub enum AttendError {
     Threads { n_threads: usize, reason: String },
     #[error("a kernel panicked, please report it: the output holds no result")]
     Panic,
+    #[error("{0}")]
+    Gpu(#[from] cuda::Error),
 }
 
 /// What was computed.
@@ -105,6 +109,45 @@ impl OpContext {
                 }
             }
         }
+    }
+
+    /// The same over arrays in the memory of GPU `ordinal`, put on a stream; it waits only where a cache is new or may have
+    /// changed. What was sparse is counted once the GPU is done.
+    ///
+    /// # Errors
+    /// See [`AttendError`]; nothing was put on the stream.
+    ///
+    /// # Safety
+    /// `stream` is null or a stream of the GPU's primary context, and lives as long as this; the problem's arrays are the GPU's
+    /// memory, valid in all of their extents until the stream has come past the call.
+    pub unsafe fn launch(
+        &self,
+        problem: Problem,
+        index: Option<(&Arc<Index>, u32)>,
+        ordinal: usize,
+        stream: CUstream,
+    ) -> Result<(), AttendError> {
+        let node = index.map(|(index, layer)| {
+            // SAFETY: states live as long as their context, unless they are released, which must not be now.
+            sparse_at_all(&problem, index, layer).map(|()| unsafe { (*self.state(index, layer)).node(Ok(problem)) })
+        });
+        let mut calls = lock(&self.calls);
+        let known = calls.iter().position(|own| own.is_of(ordinal, stream));
+        let at = match known {
+            Some(at) => at,
+            None => {
+                // SAFETY: the contract.
+                calls.push(unsafe { Calls::new(ordinal, stream, &self.shared.scope)? });
+                calls.len() - 1
+            }
+        };
+        // SAFETY: the contract.
+        unsafe { calls[at].launch(&problem, node) }
+    }
+
+    /// Counts what calls on GPUs did; waits for them.
+    pub fn settle(&self) {
+        lock(&self.calls).iter_mut().for_each(|own| own.settle(true));
     }
 
     /// Calls `work` once on each of `n` threads, at the same time as far as the machine allows.

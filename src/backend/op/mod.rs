@@ -1,19 +1,22 @@
 //! One attention op for graphs that a host builds itself: a GGML_OP_CUSTOM node that the stock CPU backend runs on its own
-//! threads. Nothing is searched for: the prefix's tokens lie in cells 0 to P of K and V, in order. But what lies there is
+//! threads, and a patched CUDA backend by other means (`node`, `super::cuda::nodes`). Nothing is searched for: the prefix's tokens lie in cells 0 to P of K and V, in order. But what lies there is
 //! verified (`places`), and a node computes densely where it is something else (`run`).
 
 mod buffers;
+mod node;
 mod places;
 mod run;
 #[cfg(test)]
 mod tests;
 
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use ggml_sys as sys;
 use ggml_sys::Api;
 
+use super::cuda::Calls;
 use super::runtime::{count, enter, Scope};
 use super::stats::Reason;
 use super::tensor::{Inputs, Tensor};
@@ -21,6 +24,7 @@ use crate::attention::cpu::{check_problem, check_shape, Memory};
 use crate::attention::{Array, Problem};
 use crate::index::Index;
 pub use buffers::{AttendError, Attended};
+pub use node::{is_node, node, stock_node, Node};
 use places::Place;
 use run::{run_node, Runs};
 
@@ -51,6 +55,7 @@ pub struct OpContext {
     // boxed: nodes hold their addresses
     #[allow(clippy::vec_box)]
     states: Mutex<Vec<Box<State>>>,
+    calls: Mutex<Vec<Calls>>,
 }
 
 /// What all states of a context have in common.
@@ -75,6 +80,16 @@ struct State {
     /// Sinks and tail, and the number of cells that they are for.
     always: Mutex<(usize, Arc<[u32]>)>,
     places: Mutex<Vec<Place>>,
+    /// What caches on a GPU were verified under.
+    generation: Arc<AtomicU64>,
+}
+
+/// Has a node been made in this process?
+static MADE: AtomicBool = AtomicBool::new(false);
+
+/// May a graph hold nodes of the attention op?
+pub fn is_in_use() -> bool {
+    MADE.load(Ordering::Relaxed)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -93,12 +108,15 @@ impl OpContext {
             #[cfg(test)]
             panics: Default::default(),
         };
-        OpContext { shared: Arc::new(shared), states: Mutex::default() }
+        OpContext { shared: Arc::new(shared), states: Mutex::default(), calls: Mutex::default() }
     }
 
     /// Every cache is verified in full when it is next used: for a host that has changed K or V of a prefix.
     pub fn forget(&self) {
-        lock(&self.states).iter().for_each(|state| lock(&state.places).clear());
+        lock(&self.states).iter().for_each(|state| {
+            lock(&state.places).clear();
+            state.generation.fetch_add(1, Ordering::Relaxed);
+        });
     }
 
     /// Drops what is kept for an index.
@@ -126,7 +144,8 @@ impl OpContext {
         let cells = cells.unwrap_or_else(|| (0..index.meta().n_prefix() as u32).collect());
         let (shared, index) = (self.shared.clone(), index.clone());
         let (always, places) = (Mutex::new((0, Arc::default())), Mutex::default());
-        states.push(Box::new(State { shared, index, layer, cells, always, places }));
+        let generation = Arc::default();
+        states.push(Box::new(State { shared, index, layer, cells, always, places, generation }));
         &raw const **states.last().expect("just pushed")
     }
 }
@@ -193,6 +212,7 @@ pub unsafe fn attn_ext(
     let node = unsafe { custom(ctx, sys::GGML_TYPE_F32, n0, n1, n2, n3, to, n_source, run, n_tasks, state) };
     // SAFETY: a node that was just made.
     unsafe { set_numbers(&mut *node, numbers) };
+    MADE.store(true, Ordering::Relaxed);
     Ok(node)
 }
 

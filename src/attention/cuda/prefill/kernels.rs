@@ -81,7 +81,7 @@ impl Kernels {
         let path = |path: Path, d: usize| -> Result<Option<PathKernels>, Error> {
             let Some(found) = find(attend, &format!("prefill_attend_{d}{}", path.suffix))? else { return Ok(None) };
             let mut own = PathKernels {
-                attend: kernel(found, path.threads, path.attend_bytes(d), n_sm)?,
+                attend: kernel(found, path.attend_threads, path.attend_bytes(d), n_sm)?,
                 lookup: [[None; 3]; 2],
                 path,
             };
@@ -90,7 +90,7 @@ impl Kernels {
                     let spread = ["", "_diag"][diag];
                     let found = must(lookup, &format!("prefill_lookup_{d}{spread}{}_{kind}", path.suffix))?;
                     let bytes = path.lookup_bytes(d, diag == 1, kind == "mass");
-                    *to = kernel(found, path.threads, bytes, n_sm)?;
+                    *to = kernel(found, path.lookup_threads, bytes, n_sm)?;
                 }
             }
             Ok(Some(own))

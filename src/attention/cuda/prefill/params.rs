@@ -51,32 +51,49 @@ pub(super) struct Prefill {
 /// Bytes of a tile: binding, place of the first row in `order`, rows, stream.
 pub(super) const TILE_BYTES: usize = 16;
 
-/// What a variant of the kernels is built with: threads of a block, the alignment that it wants, and stages of attend and of
-/// lookup without and with the spread by dimension.
+/// What a variant of the kernels is built with: threads of a block, the alignment that it wants, stages of attend (and bytes of
+/// barriers for each), and those of lookup without and with the spread by dimension.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Path {
     pub suffix: &'static str,
-    pub threads: usize,
+    pub lookup_threads: usize,
+    pub attend_threads: usize,
     alignment: usize,
     attend_stages: usize,
+    barriers: usize,
     lookup_stages: [usize; 2],
 }
 
-pub(super) const PORTABLE: Path =
-    Path { suffix: "", threads: 128, alignment: 1, attend_stages: 2, lookup_stages: [3, 2] };
-pub(super) const HOPPER: Path =
-    Path { suffix: "_hopper", threads: 256, alignment: 1024, attend_stages: 5, lookup_stages: [3, 2] };
+pub(super) const PORTABLE: Path = Path {
+    suffix: "",
+    lookup_threads: 128,
+    attend_threads: 128,
+    alignment: 1,
+    attend_stages: 2,
+    barriers: 0,
+    lookup_stages: [3, 2],
+};
+pub(super) const HOPPER: Path = Path {
+    suffix: "_hopper",
+    lookup_threads: 256,
+    attend_threads: 384,
+    alignment: 1024,
+    attend_stages: 5,
+    barriers: 16,
+    lookup_stages: [3, 2],
+};
 
 impl Path {
     pub(super) fn attend_bytes(&self, d: usize) -> usize {
         let tiles = (COLUMNS + 2 * self.attend_stages * KEYS) * 2 * d;
-        tiles + 4 * (RING * KEYS + COLUMNS) + LISTS_BYTES + self.alignment - 1
+        let barriers = self.barriers * self.attend_stages;
+        tiles + 4 * (RING * KEYS + COLUMNS) + LISTS_BYTES + barriers + self.alignment - 1
     }
 
     pub(super) fn lookup_bytes(&self, d: usize, diag: bool, mass: bool) -> usize {
         let stage = KEYS * d * if diag { 3 } else { 2 };
         let variances = if diag { KEYS * d * 2 } else { 0 };
-        let sums = 2 * (self.threads / 32) * KEYS * 4 * if mass { 2 } else { 1 };
+        let sums = 2 * (self.lookup_threads / 32) * KEYS * 4 * if mass { 2 } else { 1 };
         let tiles = COLUMNS * d * 2 + self.lookup_stages[diag as usize] * stage + variances;
         tiles + 2 * 2 * KEYS * 4 + sums + self.alignment - 1
     }
@@ -93,7 +110,7 @@ mod tests {
             include_str!("../../../../kernels/params.cuh"),
             include_str!("../../../../kernels/prefill.cuh"),
             include_str!("../../../../kernels/prefill_plan.cu"),
-            include_str!("../../../../kernels/prefill_attend.cu"),
+            include_str!("../../../../kernels/prefill_attend.cuh"),
             include_str!("../../../../kernels/prefill_mma.cuh"),
         ]
         .concat();
@@ -111,12 +128,15 @@ mod tests {
         let bytes = size_of::<Prefill>() - size_of::<params::Call>();
         assert!(files.contains(&format!("PREFILL_BYTES = CALL_BYTES + {bytes};")));
         for path in [PORTABLE, HOPPER] {
-            let text =
-                format!("THREADS = {}, MT = {}, ALIGNMENT = {};", path.threads, 256 / path.threads, path.alignment);
+            let threads = path.lookup_threads;
+            let text = format!("THREADS = {threads}, MT = {}, ALIGNMENT = {};", 256 / threads, path.alignment);
             assert!(files.contains(&text), "{text}");
         }
-        let stages = |f: fn(&Path) -> usize| format!("Path::MT == 1 ? {} : {}", f(&HOPPER), f(&PORTABLE));
-        assert!(files.contains(&format!("STAGES = {};", stages(|p| p.attend_stages))));
+        let attend = include_str!("../../../../kernels/prefill_attend.cu");
+        assert!(attend.contains(&format!("AHEAD = 1, STAGES = {};", PORTABLE.attend_stages)));
+        let roles = include_str!("../../../../kernels/prefill_attend_hopper.cuh");
+        assert!(roles.contains(&format!("STAGES = {}, LAG", HOPPER.attend_stages)));
+        assert!(roles.contains(&format!("ROLES_THREADS = {},", HOPPER.attend_threads)));
         let lookup = include_str!("../../../../kernels/prefill_lookup.cu");
         let [plain, diag] = PORTABLE.lookup_stages;
         assert!(

@@ -29,7 +29,8 @@ pub(super) struct Plan {
     pub parts: Vec<Part>,
     /// Number of the head size.
     pub head: usize,
-    pub threads: usize,
+    pub lookup_threads: usize,
+    pub attend_threads: usize,
     pub attend: Kernel,
     /// Sums, squares, mass.
     pub lookup: [Kernel; 3],
@@ -144,9 +145,9 @@ impl Plan {
         let found = paths.iter().rev().filter(|path| !of.portable || path.path.suffix.is_empty()).find_map(|path| {
             let [sums, squares, mass] = path.lookup[diag];
             let lookup = if by_mass { [sums?, squares?, mass?] } else { [sums?, squares?, squares?] };
-            Some((path.path.threads, path.attend?, lookup))
+            Some((path.path.lookup_threads, path.path.attend_threads, path.attend?, lookup))
         });
-        let Some((threads, attend, lookup)) = found else {
+        let Some((lookup_threads, attend_threads, attend, lookup)) = found else {
             let got = "less than a prefill needs".to_string();
             return Err(Error::Unsupported { what: "the shared memory of a block", got, want: "at least 99 KiB" });
         };
@@ -202,8 +203,8 @@ impl Plan {
             n_part += 1;
         }
         let own_slots = n_slot.div_ceil(n_part);
-        // Slots beyond one per `tile` rows are mostly empty.
-        let panels = own_slots.min(n_row.div_ceil(tile)) * parts * n_head_kv;
+        // Slots beyond one per `tile` rows and one for the last row of a stream are mostly empty.
+        let panels = own_slots.min(n_row.div_ceil(tile) + n_stream) * parts * n_head_kv;
         let at_once = lookup.iter().map(|k| k.blocks).min().unwrap_or(1);
         let chunks = chunks_for(panels, n_step, at_once);
         let mut carver = Carver::default();
@@ -282,7 +283,8 @@ impl Plan {
             Part { parameters, select_call }
         };
         let parts = (0..n_part).map(part).filter(|p| p.parameters.own_slots + p.parameters.own_dense > 0).collect();
-        Ok(Plan { parts, head, threads, attend, lookup, select, select_threads, bytes: carver.bytes })
+        let bytes = carver.bytes;
+        Ok(Plan { parts, head, lookup_threads, attend_threads, attend, lookup, select, select_threads, bytes })
     }
 
     pub(super) fn n_head_kv(&self) -> usize {
