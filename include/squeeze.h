@@ -130,9 +130,13 @@ enum sqz_status {
    */
   SQZ_ERROR_UNSUPPORTED = 27014,
   /*
-   The system has no memory for it.
+   The system (or the GPU) has no memory for it.
    */
   SQZ_ERROR_MEMORY = 27015,
+  /*
+   No GPU that could be used: none of this number, no driver, a build without kernels, or the driver refuses.
+   */
+  SQZ_ERROR_DEVICE = 27016,
   /*
    A fault of this library; nothing was changed.
    */
@@ -702,8 +706,8 @@ enum sqz_status sqz_reset_stats(const struct sqz_context *context);
  (the layer is not in the index or has another shape, fewer cells, ALiBi, a head size or type that the kernels do not take), the
  node is a plain GGML_OP_FLASH_ATTN_EXT.
 
- Nodes are computed on the CPU, by the threads of ggml's CPU backend. The context must not be freed before the last graph with
- the node was computed; the index may.
+ Nodes are computed by the threads of ggml's CPU backend, or by a CUDA device that sqz_register has hooked (docs/op.md). The
+ context must not be freed before the last graph with the node was computed; the index may.
 
  Pointers:
  `ctx` is null or a live ggml context with room for the node; `q`, `k`, `v` and `mask` are null or live tensors.
@@ -743,6 +747,25 @@ enum sqz_status sqz_attn_forget(const struct sqz_context *context);
 enum sqz_status sqz_attention_compute(const struct sqz_context *context,
                                       const struct sqz_attention *call,
                                       struct sqz_attention_result *result);
+
+/*
+ As sqz_attention_compute, but over arrays in the memory of CUDA device `device`, as a piece of work on `stream`: a CUstream or
+ cudaStream_t of the device's primary context (the CUDA runtime's), or null for the default stream. Every pointer in the call
+ is a device address, `sinks` too; `n_threads` means nothing.
+
+ It does not wait for the device but where K and V are new to the context, or may have changed: then they are copied to the
+ host and verified, so that it must not be called while the stream is captured. Later every call compares the keys of the
+ last clustered token, and 64 other tokens in turn. Arrays must stay valid until the stream has come past the call, and the
+ stream until the context is freed. Rows that were sparse are counted (sqz_get_stats) once the device is done. Up to 16 query
+ rows are sparse, and, where `tile` in the settings is above 1 and K and V are F16 of 64 or 128 elements, up to 8192.
+
+ Pointers:
+ `call` is null or has as many bytes as it says, and its arrays are valid device memory in all of their extents.
+ */
+enum sqz_status sqz_attention_launch(const struct sqz_context *context,
+                                     const struct sqz_attention *call,
+                                     int32_t device,
+                                     void *stream);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -8,7 +8,7 @@ namespace {
 // AHEAD: steps by which copies begin before their products.
 template <int D>
 struct Layout {
-    static constexpr int AHEAD = 1, STAGES = 2;
+    static constexpr int AHEAD = 1, STAGES = 2, RING = 8;
     static constexpr int QUERIES = PREFILL_COLUMNS * D * 2, KEYS = PREFILL_KEYS * D * 2;
     static constexpr int CELLS = QUERIES + STAGES * 2 * KEYS, ROWS = CELLS + RING * PREFILL_KEYS * 4;
     static constexpr int LISTS = ROWS + PREFILL_COLUMNS * 4;
@@ -20,7 +20,7 @@ struct Layout {
 template <int D>
 __device__ void attend_panels(const Prefill &p) {
     using Own = Layout<D>;
-    constexpr int MT = Portable::MT, THREADS = Portable::THREADS, CHUNKS = D / 8, ROWS = THREADS / CHUNKS, AHEAD = Own::AHEAD;
+    constexpr int MT = Portable::MT, THREADS = Portable::THREADS, CHUNKS = D / 8, ROWS = THREADS / CHUNKS, AHEAD = Own::AHEAD, RING = Own::RING;
     extern __shared__ __align__(1024) unsigned char memory[];
     const Call &call = p.call;
     const Runs runs(p);
@@ -42,7 +42,7 @@ __device__ void attend_panels(const Prefill &p) {
         load_queries<THREADS, D>(p, head_kv, at.tile, at.part, memory, 0, PREFILL_COLUMNS, threadIdx.x, 1.0f, [](int, int, float4 &) {});
         if (threadIdx.x < PREFILL_COLUMNS) rows[threadIdx.x] = row_of(p, at.tile, at.part, threadIdx.x);
         __syncthreads();
-        Cells<AHEAD> cells = {call, lists, steps_of(lists.n_always), at.steps, 0};
+        Cells<AHEAD, 1, RING> cells = {call, lists, steps_of(lists.n_always), at.steps, 0};
         cells.begin(from, ring);
         __syncthreads();
         auto stage = [&](uint32_t step) { return tiles + (step - from) % Own::STAGES * (2 * Own::KEYS); };

@@ -7,9 +7,6 @@
 namespace squeeze {
 namespace {
 
-// Steps whose cells are in shared memory.
-constexpr int RING = 8;
-
 // What a segment's cells are found by; in shared memory, since few look at it.
 struct Lists {
     const Bound *bound;
@@ -33,9 +30,10 @@ struct Lists {
 };
 static_assert(sizeof(Lists) <= 64);
 
-// The way to the cells of a segment's steps: a chain of loads, of which each step makes one, so that none is waited for. The
-// first two warps do it, 32 keys each. AHEAD: steps from which a step's cells are wanted in shared memory before it.
-template <int AHEAD>
+// The way to the cells of a segment's steps: a chain of loads, of which each step makes one, so that none is waited for. Two
+// warps do a step's, 32 keys each; with STRIDE 2 two others do the next step's meanwhile. AHEAD: steps from which a step's cells
+// are wanted in shared memory before it. RING: steps whose cells are there.
+template <int AHEAD, int STRIDE, int RING>
 struct Cells {
     const Call &call;
     const Lists &lists;
@@ -44,13 +42,16 @@ struct Cells {
     uint32_t shift;
     // In the order of the chain: a tile's first entry, the entries from there on, a token (or cell), and a cell.
     uint32_t first;
-    Entry own;
+    Entry entry;
     uint32_t token, bits;
     int cell;
 
+    static __device__ __forceinline__ bool works() { return threadIdx.x < STRIDE * PREFILL_KEYS; }
+    // The step that the warp is at while the first two are at `step`.
+    static __device__ __forceinline__ uint32_t own(uint32_t step) { return step + threadIdx.x / PREFILL_KEYS; }
     // First key of the warp in a step of members.
     __device__ __forceinline__ uint32_t key(uint32_t step) const {
-        return (step - always_steps) * PREFILL_KEYS + threadIdx.x / 32 * 32;
+        return (step - always_steps) * PREFILL_KEYS + threadIdx.x % PREFILL_KEYS / 32 * 32;
     }
     __device__ __forceinline__ bool of_members(uint32_t step) const { return step >= always_steps && step < end; }
 
@@ -60,8 +61,8 @@ struct Cells {
     __device__ __forceinline__ void load_entries(uint32_t step) {
         const uint32_t lane = threadIdx.x % 32;
         if (!of_members(step)) return;
-        own = {ALL, 0};
-        if (key(step) < lists.n_keys && first + lane <= lists.n_kept) own = lists.entries[first + lane];
+        entry = {ALL, 0};
+        if (key(step) < lists.n_keys && first + lane <= lists.n_kept) entry = lists.entries[first + lane];
     }
     __device__ __forceinline__ void load_token(uint32_t step) {
         const uint32_t lane = threadIdx.x % 32;
@@ -72,13 +73,13 @@ struct Cells {
             int at = 0;
 #pragma unroll
             for (int d = 16; d > 0; d /= 2) {
-                const uint32_t before = __shfl_sync(ALL, own.before, (at + d) & 31);
+                const uint32_t before = __shfl_sync(ALL, entry.before, (at + d) & 31);
                 if (at + d < 32 && before <= want) at += d;
             }
-            const uint32_t slot = __shfl_sync(ALL, own.first, at) + want - __shfl_sync(ALL, own.before, at);
+            const uint32_t slot = __shfl_sync(ALL, entry.first, at) + want - __shfl_sync(ALL, entry.before, at);
             if (want < lists.n_keys) token = lists.members[slot];
         } else if (step < end) {
-            const uint32_t from = step * PREFILL_KEYS + threadIdx.x / 32 * 32, i = from + lane;
+            const uint32_t from = step * PREFILL_KEYS + threadIdx.x % PREFILL_KEYS / 32 * 32, i = from + lane;
             bits = ALL;
             if (i < lists.n_always) {
                 token = lists.bound != nullptr ? lists.bound->always[i] : i;
@@ -93,37 +94,38 @@ struct Cells {
         else if (token < call.n_kv && (bits >> threadIdx.x % 32 & 1) != 0) cell = token;
     }
     __device__ __forceinline__ void store(uint32_t step, int *ring) const {
-        ring[(step + shift) % RING * PREFILL_KEYS + threadIdx.x] = cell;
+        ring[(step + shift) % RING * PREFILL_KEYS + threadIdx.x % PREFILL_KEYS] = cell;
     }
-    // Leaves the cells of the first AHEAD + 1 steps, and the chain as `advance` wants it for the first step.
+    // Leaves the cells of the first AHEAD + STRIDE steps, and the chain as `advance` wants it for the first step.
     __device__ __forceinline__ void begin(uint32_t step, int *ring) {
-        if (threadIdx.x >= PREFILL_KEYS) return;
-        constexpr int N = AHEAD + 1;
+        if (!works()) return;
+        constexpr int N = AHEAD / STRIDE + 1;
+        auto at = [&](int i) { return own(step) + i * STRIDE; };
         uint32_t firsts[N + 4];
 #pragma unroll
-        for (int i = 0; i < N + 4; ++i) load_first(step + i), firsts[i] = first;
-        Entry owns[N + 3];
+        for (int i = 0; i < N + 4; ++i) load_first(at(i)), firsts[i] = first;
+        Entry entries[N + 3];
 #pragma unroll
-        for (int i = 0; i < N + 3; ++i) first = firsts[i], load_entries(step + i), owns[i] = own;
+        for (int i = 0; i < N + 3; ++i) first = firsts[i], load_entries(at(i)), entries[i] = entry;
         uint32_t tokens[N + 2], words[N + 2];
 #pragma unroll
-        for (int i = 0; i < N + 2; ++i) own = owns[i], load_token(step + i), tokens[i] = token, words[i] = bits;
+        for (int i = 0; i < N + 2; ++i) entry = entries[i], load_token(at(i)), tokens[i] = token, words[i] = bits;
         int cells[N + 1];
 #pragma unroll
-        for (int i = 0; i < N + 1; ++i) token = tokens[i], bits = words[i], load_cell(step + i), cells[i] = cell;
+        for (int i = 0; i < N + 1; ++i) token = tokens[i], bits = words[i], load_cell(at(i)), cells[i] = cell;
 #pragma unroll
-        for (int i = 0; i < N; ++i) cell = cells[i], store(step + i, ring);
-        first = firsts[N + 3], own = owns[N + 2], token = tokens[N + 1], bits = words[N + 1], cell = cells[N];
+        for (int i = 0; i < N; ++i) cell = cells[i], store(at(i), ring);
+        first = firsts[N + 3], entry = entries[N + 2], token = tokens[N + 1], bits = words[N + 1], cell = cells[N];
     }
-    // During a step: the cells that the next step's copies want are left, and everything behind goes on by one.
+    // During STRIDE steps: the cells that the copies of the next ones want are left, and everything behind goes on.
     __device__ __forceinline__ void advance(uint32_t step, int *ring) {
-        if (threadIdx.x >= PREFILL_KEYS) return;
-        constexpr int N = AHEAD + 1;
-        store(step + N, ring);
-        load_cell(step + N + 1);
-        load_token(step + N + 2);
-        load_entries(step + N + 3);
-        load_first(step + N + 4);
+        if (!works()) return;
+        constexpr int N = AHEAD / STRIDE + 1;
+        store(own(step) + N * STRIDE, ring);
+        load_cell(own(step) + (N + 1) * STRIDE);
+        load_token(own(step) + (N + 2) * STRIDE);
+        load_entries(own(step) + (N + 3) * STRIDE);
+        load_first(own(step) + (N + 4) * STRIDE);
     }
 };
 

@@ -12,10 +12,9 @@ constexpr int ROLES_THREADS = 384, FETCHERS = 128;
 // What of the block's 168 registers per thread goes where, in threads' worth: 72 + 2 * 216 = 3 * 168.
 constexpr int FETCH_REGISTERS = 72, MULTIPLY_REGISTERS = 216;
 
-// LAG: stages on their way while a further one is asked for.
 template <int D>
 struct RolesLayout {
-    static constexpr int STAGES = 5, LAG = 2;
+    static constexpr int STAGES = 5, RING = 16;
     static constexpr int QUERIES = PREFILL_COLUMNS * D * 2, KEYS = PREFILL_KEYS * D * 2, STAGE = 2 * KEYS;
     static constexpr int CELLS = QUERIES + STAGES * STAGE, ROWS = CELLS + RING * PREFILL_KEYS * 4;
     static constexpr int LISTS = ROWS + PREFILL_COLUMNS * 4, FULL = LISTS + 64, EMPTY = FULL + 8 * STAGES;
@@ -23,6 +22,10 @@ struct RolesLayout {
 
 __device__ __forceinline__ void make_barrier(uint32_t at, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
+}
+// The thread arrives once its copies so far have.
+__device__ __forceinline__ void arrive_with_copies(uint32_t at) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
 }
 __device__ __forceinline__ void arrive(uint32_t at) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
@@ -53,7 +56,7 @@ struct Round {
 template <int D>
 __device__ __forceinline__ void fetch_panels(const Prefill &p, uint32_t begin, uint32_t stop, unsigned char *base) {
     using Own = RolesLayout<D>;
-    constexpr int CHUNKS = D / 8, ROWS = FETCHERS / CHUNKS, LAG = Own::LAG;
+    constexpr int CHUNKS = D / 8, ROWS = FETCHERS / CHUNKS, RING = Own::RING;
     const Call &call = p.call;
     const uint32_t tiles = shared_address(base) + Own::QUERIES, full = shared_address(base) + Own::FULL, empty = shared_address(base) + Own::EMPTY;
     int *ring = reinterpret_cast<int *>(base + Own::CELLS);
@@ -61,15 +64,8 @@ __device__ __forceinline__ void fetch_panels(const Prefill &p, uint32_t begin, u
     // Rows of a thread lie 8 or 16 apart, so that all have the same place in the swizzle.
     const int chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
     const uint32_t own = chunk_at<PREFILL_KEYS>(tiles, first, chunk);
-    Round<Own::STAGES> round, ready;
-    uint32_t n_step = 0, waiting = 0;
-    auto publish = [&]() {
-        // The tensor cores read by another way than these copies wrote.
-        Hopper::publish();
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) arrive(full + 8 * ready.stage);
-        ready.next(), --waiting;
-    };
+    Round<Own::STAGES> round;
+    uint32_t n_step = 0;
     for (uint32_t unit = begin; unit < stop;) {
         const Segment at(p, unit);
         const uint32_t from = at.from, to = min(at.steps, from + stop - unit), head_kv = at.pair.head_kv;
@@ -78,32 +74,28 @@ __device__ __forceinline__ void fetch_panels(const Prefill &p, uint32_t begin, u
         meet(1);
         if (threadIdx.x == 0) lists.set(p, at);
         meet(1);
-        Cells<0> cells = {call, lists, steps_of(lists.n_always), at.steps, n_step - from};
+        Cells<0, 2, RING> cells = {call, lists, steps_of(lists.n_always), at.steps, n_step - from};
         cells.begin(from, ring);
-        for (uint32_t step = from; step < to; ++step) {
-            // The step's cells are in the ring.
+        for (uint32_t pair = from; pair < to; pair += 2) {
+            // The cells of both steps are in the ring.
             meet(1);
-            await_phase(empty + 8 * round.stage, (round.turn & 1) ^ 1);
-            const int *slot = ring + n_step % RING * PREFILL_KEYS + first;
-            const uint32_t k = own + round.stage * Own::STAGE;
+#pragma unroll 1
+            for (uint32_t step = pair; step < min(pair + 2, to); ++step) {
+                await_phase(empty + 8 * round.stage, (round.turn & 1) ^ 1);
+                const int *slot = ring + n_step % RING * PREFILL_KEYS + first;
+                const uint32_t k = own + round.stage * Own::STAGE;
 #pragma unroll
-            for (int i = 0; i < PREFILL_KEYS / ROWS; ++i) {
-                const int cell = slot[i * ROWS];
-                const uint64_t at_cell = max(cell, 0);
-                copy_chunk(k + i * ROWS * 128, keys + at_cell * call.k.nb1, cell >= 0);
-                copy_chunk(k + Own::KEYS + i * ROWS * 128, values + at_cell * call.v.nb1, cell >= 0);
+                for (int i = 0; i < PREFILL_KEYS / ROWS; ++i) {
+                    const int cell = slot[i * ROWS];
+                    const uint64_t at_cell = max(cell, 0);
+                    copy_chunk(k + i * ROWS * 128, keys + at_cell * call.k.nb1, cell >= 0);
+                    copy_chunk(k + Own::KEYS + i * ROWS * 128, values + at_cell * call.v.nb1, cell >= 0);
+                }
+                arrive_with_copies(full + 8 * round.stage);
+                round.next(), ++n_step;
             }
-            commit_copies();
-            cells.advance(step, ring);
-            if (++waiting > LAG) {
-                await_copies<LAG>();
-                publish();
-            }
-            round.next(), ++n_step;
+            cells.advance(pair, ring);
         }
-        // The way to the next segment is long.
-        await_copies<0>();
-        while (waiting > 0) publish();
         unit += to - from;
     }
 }
@@ -117,8 +109,14 @@ __device__ __forceinline__ void multiply_panels(const Prefill &p, uint32_t begin
     const uint32_t q = shared_address(base), tiles = q + Own::QUERIES, full = q + Own::FULL, empty = q + Own::EMPTY;
     const int *ring = reinterpret_cast<const int *>(base + Own::CELLS);
     uint32_t *rows = reinterpret_cast<uint32_t *>(base + Own::ROWS);
+    constexpr int RING = Own::RING;
     Round<Own::STAGES> round;
     uint32_t n_step = 0;
+    // A stage is there, also for the tensor cores, which read by another way than the copies wrote.
+    auto await_stage = [&]() {
+        await_phase(full + 8 * round.stage, round.turn & 1);
+        Hopper::publish();
+    };
     auto release = [&](uint32_t stage) {
         if (threadIdx.x % 32 == 0) arrive(empty + 8 * stage);
     };
@@ -152,7 +150,7 @@ __device__ __forceinline__ void multiply_panels(const Prefill &p, uint32_t begin
             finish_scores<1>(s, call, step, always_steps, at.steps, ring + n_step % RING * PREFILL_KEYS, rows, first_row);
         };
         auto stage_at = [&](uint32_t stage) { return tiles + stage * Own::STAGE; };
-        await_phase(full + 8 * round.stage, round.turn & 1);
+        await_stage();
         Hopper::scores<D>(s, queries, stage_at(round.stage));
         finish(from);
         softmax.add(s);
@@ -161,7 +159,7 @@ __device__ __forceinline__ void multiply_panels(const Prefill &p, uint32_t begin
         round.next(), ++n_step;
         // The product with a step's values is done beside the next step's softmax.
         for (uint32_t step = from + 1; step < to; ++step) {
-            await_phase(full + 8 * round.stage, round.turn & 1);
+            await_stage();
             Hopper::hold(s[0]);
             Hopper::hold(acc[0]);
             Hopper::fence();
@@ -171,10 +169,17 @@ __device__ __forceinline__ void multiply_panels(const Prefill &p, uint32_t begin
             Hopper::hold(s[0]);
             finish(step);
             const bool rises = softmax.add(s);
-            Hopper::await<0>();
-            Hopper::hold(acc[0]);
+            Hopper::hold(s[0]);
+            // The assembler pulls a wait to the front of its block: in one of its own it stays behind the softmax.
+            if (rises) {
+                Hopper::await_to_rescale();
+                Hopper::hold(acc[0]);
+                softmax.rescale(acc);
+            } else {
+                Hopper::await<0>();
+                Hopper::hold(acc[0]);
+            }
             release(last);
-            if (rises) softmax.rescale(acc);
             pack_weights(weights, s);
             last = round.stage;
             round.next(), ++n_step;
@@ -204,7 +209,7 @@ __device__ void attend_in_roles(const Prefill &p) {
     unsigned char *base = memory + (Hopper::ALIGNMENT - shared_address(memory) % Hopper::ALIGNMENT) % Hopper::ALIGNMENT;
     if (threadIdx.x == 0) {
         for (int i = 0; i < Own::STAGES; ++i) {
-            make_barrier(shared_address(base) + Own::FULL + 8 * i, FETCHERS / 32);
+            make_barrier(shared_address(base) + Own::FULL + 8 * i, FETCHERS);
             make_barrier(shared_address(base) + Own::EMPTY + 8 * i, (ROLES_THREADS - FETCHERS) / 32);
         }
     }

@@ -16,12 +16,16 @@ constexpr float HALF_MAX = 65504;
 
 template <class Path, int D, bool DIAG>
 struct Layout {
-    static constexpr int STAGES = DIAG ? 2 : 3;
+    // Steps between two meetings of all threads.
+    static constexpr int GROUP = Path::MT == 1 && !DIAG ? 2 : 1;
+    static constexpr int STAGES = Path::MT == 1 ? 2 * GROUP : DIAG ? 2 : 3;
+    // Steps whose sizes and sums are kept.
+    static constexpr int SLOTS = 2 * GROUP;
     static constexpr int QUERIES = PREFILL_COLUMNS * D * 2, KEYS = PREFILL_KEYS * D * 2, BYTES = DIAG ? PREFILL_KEYS * D : 0;
     static constexpr int STAGE = KEYS + BYTES;
-    // Variances as F16; sizes and spreads of two steps; sums of two steps by warp, of squares and plain.
+    // Variances as F16; sizes and spreads of steps; sums of steps by warp, of squares and plain.
     static constexpr int VARIANCES = QUERIES + STAGES * STAGE, COUNTS = VARIANCES + (DIAG ? KEYS : 0);
-    static constexpr int SUMS = COUNTS + 2 * 2 * PREFILL_KEYS * 4, WARPS = Path::THREADS / 32;
+    static constexpr int SUMS = COUNTS + SLOTS * 2 * PREFILL_KEYS * 4, WARPS = Path::THREADS / 32;
 };
 
 // Four bytes as F16. The bits of 1024 + n are 0x6400 + n.
@@ -58,6 +62,7 @@ __device__ void lookup_panel(const Prefill &p) {
     using Own = Layout<Path, D, DIAG>;
     // Sums of one step, in floats.
     constexpr int STEP_SUMS = Own::WARPS * PREFILL_KEYS * (PASS == Pass::MASS ? 2 : 1);
+    constexpr int GROUP = Own::GROUP, SLOTS = Own::SLOTS;
     constexpr int MT = Path::MT, THREADS = Path::THREADS, CHUNKS = D / 8, ROWS = THREADS / CHUNKS;
     extern __shared__ __align__(1024) unsigned char memory[];
     const Call &call = p.call;
@@ -113,24 +118,28 @@ __device__ void lookup_panel(const Prefill &p) {
         }
         commit_copies();
     };
-    // Size and spread of a step's clusters, a thread each.
+    // Size and spread of a group's clusters, a thread each.
+    const uint32_t own_step = threadIdx.x / PREFILL_KEYS, own_key = threadIdx.x % PREFILL_KEYS;
     float count = 0, width = 0;
-    auto fetch_counts = [&](uint32_t step) {
-        if (threadIdx.x >= PREFILL_KEYS || step >= to) return;
+    auto fetch_counts = [&](uint32_t group) {
+        const uint32_t step = group + own_step;
+        if (own_step >= GROUP || step >= to) return;
         count = width = 0;
         if (step < sink_steps) {
-            count = step * PREFILL_KEYS + threadIdx.x < layer.n_sink;
+            count = step * PREFILL_KEYS + own_key < layer.n_sink;
             return;
         }
-        const uint32_t cluster = (step - sink_steps) * PREFILL_KEYS + threadIdx.x;
+        const uint32_t cluster = (step - sink_steps) * PREFILL_KEYS + own_key;
         if (cluster >= layer.n_cluster) return;
         const uint32_t *offsets = offsets_of(layer, head_kv) + cluster;
         count = static_cast<float>(offsets[1] - offsets[0]);
         if (DIAG) width = layer.variance_scales[first_cluster + cluster];
         else if (call.spread == SPREAD_RADIUS) width = layer.radii[first_cluster + cluster];
     };
+    // Stages of steps that are asked for at once, and groups that are asked for before the first is needed.
+    constexpr int EARLY = Own::STAGES / GROUP - 1;
 #pragma unroll
-    for (int s = 0; s < Own::STAGES - 1; ++s) fetch(from + s, s);
+    for (int s = 0; s < EARLY * GROUP; ++s) fetch(from + s, s);
     fetch_counts(from);
 
     // Scores are for exp2, without the soft-cap. Of each column: the largest number or the sum of squares, for the spread.
@@ -189,12 +198,13 @@ __device__ void lookup_panel(const Prefill &p) {
     if (DIAG) own_squares.load(q, Path::first_row(), inverse);
     float sink_mass = 0;
     const bool works = Path::works(columns);
-    // What a step has left per warp becomes one number per cluster.
-    auto add_up = [&](uint32_t step) {
-        if (threadIdx.x >= PREFILL_KEYS || step < sink_steps) return;
-        const uint32_t cluster = (step - sink_steps) * PREFILL_KEYS + threadIdx.x;
+    // What a group's steps have left per warp becomes one number per cluster.
+    auto add_up = [&](uint32_t group) {
+        const uint32_t step = group + own_step;
+        if (own_step >= GROUP || step >= to || step < sink_steps) return;
+        const uint32_t cluster = (step - sink_steps) * PREFILL_KEYS + own_key;
         if (cluster >= layer.n_cluster) return;
-        const float *own = sums + step % 2 * STEP_SUMS + threadIdx.x;
+        const float *own = sums + step % SLOTS * STEP_SUMS + own_key;
         float sum = 0, mass = 0;
 #pragma unroll
         for (int w = 0; w < Own::WARPS; ++w) {
@@ -204,131 +214,136 @@ __device__ void lookup_panel(const Prefill &p) {
         call.y[panel * call.n_cluster + cluster] = sum;
         if (PASS == Pass::MASS) call.x[panel * call.n_cluster + cluster] = mass;
     };
-    uint32_t stage = Own::STAGES - 1;
-    for (uint32_t step = from; step < to; ++step) {
-        // The one of the step before, which is no longer read.
-        const uint32_t free_stage = stage;
-        stage = stage + 1 == Own::STAGES ? 0 : stage + 1;
-        if (threadIdx.x < PREFILL_KEYS) {
-            float *own = counts + step % 2 * (2 * PREFILL_KEYS) + threadIdx.x;
+    uint32_t first_stage = Own::STAGES - GROUP;
+    for (uint32_t group = from; group < to; group += GROUP) {
+        // Those of the group before, which are no longer read.
+        const uint32_t free_stage = first_stage;
+        first_stage = first_stage + GROUP == Own::STAGES ? 0 : first_stage + GROUP;
+        if (own_step < GROUP) {
+            float *own = counts + (group + own_step) % SLOTS * (2 * PREFILL_KEYS) + own_key;
             own[0] = count, own[PREFILL_KEYS] = width;
         }
-        await_copies<Own::STAGES - 2>();
+        await_copies<(EARLY - 1) * GROUP>();
         Path::publish();
         __syncthreads();
-        fetch(step + Own::STAGES - 1, free_stage);
-        fetch_counts(step + 1);
-        if (PASS != Pass::SUMS && step > from) add_up(step - 1);
-        if constexpr (DIAG) {
-            const uint32_t at = stage * Own::STAGE + Own::QUERIES + Own::KEYS;
 #pragma unroll
-            for (int i = 0; i < PREFILL_KEYS * D / 16 / THREADS; ++i) {
-                const int unit = threadIdx.x + i * THREADS, row = unit / (D / 16), two = unit % (D / 16) * 2;
-                const uint4 bytes = *reinterpret_cast<const uint4 *>(base + at + 16 * unit);
-                const uint2 w[4] = {widen(bytes.x), widen(bytes.y), widen(bytes.z), widen(bytes.w)};
-                unsigned char *to16 = base + Own::VARIANCES;
-                *reinterpret_cast<uint4 *>(to16 + chunk_at<PREFILL_KEYS>(0, row, two)) = {w[0].x, w[0].y, w[1].x, w[1].y};
-                *reinterpret_cast<uint4 *>(to16 + chunk_at<PREFILL_KEYS>(0, row, two + 1)) = {w[2].x, w[2].y, w[3].x, w[3].y};
+        for (int s = 0; s < GROUP; ++s) fetch(group + EARLY * GROUP + s, free_stage + s);
+        fetch_counts(group + GROUP);
+        if (PASS != Pass::SUMS && group > from) add_up(group - GROUP);
+#pragma unroll 1
+        for (uint32_t step = group; step < min(group + GROUP, to); ++step) {
+            const uint32_t stage = first_stage + step - group;
+            if constexpr (DIAG) {
+                const uint32_t at = stage * Own::STAGE + Own::QUERIES + Own::KEYS;
+#pragma unroll
+                for (int i = 0; i < PREFILL_KEYS * D / 16 / THREADS; ++i) {
+                    const int unit = threadIdx.x + i * THREADS, row = unit / (D / 16), two = unit % (D / 16) * 2;
+                    const uint4 bytes = *reinterpret_cast<const uint4 *>(base + at + 16 * unit);
+                    const uint2 w[4] = {widen(bytes.x), widen(bytes.y), widen(bytes.z), widen(bytes.w)};
+                    unsigned char *to16 = base + Own::VARIANCES;
+                    *reinterpret_cast<uint4 *>(to16 + chunk_at<PREFILL_KEYS>(0, row, two)) = {w[0].x, w[0].y, w[1].x, w[1].y};
+                    *reinterpret_cast<uint4 *>(to16 + chunk_at<PREFILL_KEYS>(0, row, two + 1)) = {w[2].x, w[2].y, w[3].x, w[3].y};
+                }
+                Path::publish();
+                __syncthreads();
             }
-            Path::publish();
-            __syncthreads();
-        }
-        if (!works) {
-            if (PASS != Pass::SUMS && step >= sink_steps) {
+            if (!works) {
+                if (PASS != Pass::SUMS && step >= sink_steps) {
 #pragma unroll
-                for (int pass = 0; pass < (PASS == Pass::MASS ? 2 : 1); ++pass) {
-                    float *own = sums + step % 2 * STEP_SUMS + (pass * Own::WARPS + warp) * PREFILL_KEYS;
-                    own[lane] = own[lane + 32] = 0;
-                }
-            }
-            continue;
-        }
-        const bool sinks = step < sink_steps, partly = sinks || (step + 1 == n_step);
-        const float *own_counts = counts + step % 2 * (2 * PREFILL_KEYS), *widths = own_counts + PREFILL_KEYS;
-        float s[MT][8][4];
-        Path::template scores<D>(s, own_queries, stages + stage * Own::STAGE);
-        if constexpr (DIAG) {
-            float wide[MT][8][4];
-            Path::template scores<D>(wide, own_squares, variances);
-#pragma unroll
-            for (int t = 0; t < 8; ++t)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const float own = widths[8 * t + 2 * c + e];
-#pragma unroll
-                    for (int i = 0; i < MT; ++i)
-#pragma unroll
-                        for (int h = 0; h < 2; ++h)
-                            s[i][t][2 * h + e] += bonus * sqrtf(wide[i][t][2 * h + e] * own * factor[i][h]);
-                }
-        } else if (spreads) {
-#pragma unroll
-            for (int t = 0; t < 8; ++t)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const float own = widths[8 * t + 2 * c + e];
-#pragma unroll
-                    for (int i = 0; i < MT; ++i)
-#pragma unroll
-                        for (int h = 0; h < 2; ++h) s[i][t][2 * h + e] += factor[i][h] * own;
-                }
-        }
-        if (partly) {
-            // Centroids are finite, keys in the cache need not be.
-#pragma unroll
-            for (int t = 0; t < 8; ++t)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const bool there = own_counts[8 * t + 2 * c + e % 2] > 0;
-#pragma unroll
-                    for (int i = 0; i < MT; ++i) s[i][t][e] = there && fabsf(s[i][t][e]) < -LOWEST ? s[i][t][e] : LOWEST;
-                }
-        }
-        if constexpr (PASS == Pass::SUMS) {
-#pragma unroll
-            for (int i = 0; i < MT; ++i)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    float top = m[i][h], sum = 0;
-#pragma unroll
-                    for (int t = 0; t < 8; ++t) top = fmaxf(top, fmaxf(s[i][t][2 * h], s[i][t][2 * h + 1]));
-#pragma unroll
-                    for (int t = 0; t < 8; ++t) {
-                        const float2 n = *reinterpret_cast<const float2 *>(own_counts + 8 * t + 2 * c);
-                        sum += n.x * exp2_fast(s[i][t][2 * h] - top);
-                        sum += n.y * exp2_fast(s[i][t][2 * h + 1] - top);
+                    for (int pass = 0; pass < (PASS == Pass::MASS ? 2 : 1); ++pass) {
+                        float *own = sums + step % SLOTS * STEP_SUMS + (pass * Own::WARPS + warp) * PREFILL_KEYS;
+                        own[lane] = own[lane + 32] = 0;
                     }
-                    l[i][h] = l[i][h] * exp2_fast(m[i][h] - top) + sum;
-                    m[i][h] = top;
                 }
-        } else if (sinks) {
-#pragma unroll
-            for (int i = 0; i < MT; ++i)
+                continue;
+            }
+            const bool sinks = step < sink_steps, partly = sinks || (step + 1 == n_step);
+            const float *own_counts = counts + step % SLOTS * (2 * PREFILL_KEYS), *widths = own_counts + PREFILL_KEYS;
+            float s[MT][8][4];
+            Path::template scores<D>(s, own_queries, stages + stage * Own::STAGE);
+            if constexpr (DIAG) {
+                float wide[MT][8][4];
+                Path::template scores<D>(wide, own_squares, variances);
 #pragma unroll
                 for (int t = 0; t < 8; ++t)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) sink_mass += exp2_fast(s[i][t][e] - norm[i][e / 2]);
-        } else {
+                    for (int e = 0; e < 2; ++e) {
+                        const float own = widths[8 * t + 2 * c + e];
 #pragma unroll
-            for (int pass = 0; pass < (PASS == Pass::MASS ? 2 : 1); ++pass) {
-                const bool twice = pass == 0 && squared;
-                const float times = twice ? 2.0f : 1.0f;
-                float v[8][2];
+                        for (int i = 0; i < MT; ++i)
 #pragma unroll
-                for (int t = 0; t < 8; ++t) v[t][0] = v[t][1] = 0;
+                            for (int h = 0; h < 2; ++h)
+                                s[i][t][2 * h + e] += bonus * sqrtf(wide[i][t][2 * h + e] * own * factor[i][h]);
+                    }
+            } else if (spreads) {
+#pragma unroll
+                for (int t = 0; t < 8; ++t)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const float own = widths[8 * t + 2 * c + e];
+#pragma unroll
+                        for (int i = 0; i < MT; ++i)
+#pragma unroll
+                            for (int h = 0; h < 2; ++h) s[i][t][2 * h + e] += factor[i][h] * own;
+                    }
+            }
+            if (partly) {
+                // Centroids are finite, keys in the cache need not be.
+#pragma unroll
+                for (int t = 0; t < 8; ++t)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const bool there = own_counts[8 * t + 2 * c + e % 2] > 0;
+#pragma unroll
+                        for (int i = 0; i < MT; ++i) s[i][t][e] = there && fabsf(s[i][t][e]) < -LOWEST ? s[i][t][e] : LOWEST;
+                    }
+            }
+            if constexpr (PASS == Pass::SUMS) {
 #pragma unroll
                 for (int i = 0; i < MT; ++i)
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
-                        const float less = twice ? 2 * norm[i][h] - SQUARE_SHIFT : norm[i][h];
+                        float top = m[i][h], sum = 0;
 #pragma unroll
-                        for (int t = 0; t < 8; ++t)
+                        for (int t = 0; t < 8; ++t) top = fmaxf(top, fmaxf(s[i][t][2 * h], s[i][t][2 * h + 1]));
 #pragma unroll
-                            for (int e = 0; e < 2; ++e) v[t][e] += exp2_fast(fmaf(times, s[i][t][2 * h + e], -less));
+                        for (int t = 0; t < 8; ++t) {
+                            const float2 n = *reinterpret_cast<const float2 *>(own_counts + 8 * t + 2 * c);
+                            sum += n.x * exp2_fast(s[i][t][2 * h] - top);
+                            sum += n.y * exp2_fast(s[i][t][2 * h + 1] - top);
+                        }
+                        l[i][h] = l[i][h] * exp2_fast(m[i][h] - top) + sum;
+                        m[i][h] = top;
                     }
-                const float2 all = sum_columns(v);
-                float *own = sums + step % 2 * STEP_SUMS + (pass * Own::WARPS + warp) * PREFILL_KEYS;
-                *reinterpret_cast<float2 *>(own + 8 * r + 2 * c) = all;
+            } else if (sinks) {
+#pragma unroll
+                for (int i = 0; i < MT; ++i)
+#pragma unroll
+                    for (int t = 0; t < 8; ++t)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) sink_mass += exp2_fast(s[i][t][e] - norm[i][e / 2]);
+            } else {
+#pragma unroll
+                for (int pass = 0; pass < (PASS == Pass::MASS ? 2 : 1); ++pass) {
+                    const bool twice = pass == 0 && squared;
+                    const float times = twice ? 2.0f : 1.0f;
+                    float v[8][2];
+#pragma unroll
+                    for (int t = 0; t < 8; ++t) v[t][0] = v[t][1] = 0;
+#pragma unroll
+                    for (int i = 0; i < MT; ++i)
+#pragma unroll
+                        for (int h = 0; h < 2; ++h) {
+                            const float less = twice ? 2 * norm[i][h] - SQUARE_SHIFT : norm[i][h];
+#pragma unroll
+                            for (int t = 0; t < 8; ++t)
+#pragma unroll
+                                for (int e = 0; e < 2; ++e) v[t][e] += exp2_fast(fmaf(times, s[i][t][2 * h + e], -less));
+                        }
+                    const float2 all = sum_columns(v);
+                    float *own = sums + step % SLOTS * STEP_SUMS + (pass * Own::WARPS + warp) * PREFILL_KEYS;
+                    *reinterpret_cast<float2 *>(own + 8 * r + 2 * c) = all;
+                }
             }
         }
     }
@@ -347,7 +362,7 @@ __device__ void lookup_panel(const Prefill &p) {
             }
     } else {
         __syncthreads();
-        if (to > from) add_up(to - 1);
+        if (to > from) add_up(from + (to - from - 1) / GROUP * GROUP);
         if (PASS == Pass::MASS) {
 #pragma unroll
             for (int d = 16; d > 0; d /= 2) sink_mass += __shfl_xor_sync(ALL, sink_mass, d);

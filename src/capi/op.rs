@@ -18,8 +18,8 @@ use crate::backend::{attn_ext, Source};
 /// (the layer is not in the index or has another shape, fewer cells, ALiBi, a head size or type that the kernels do not take), the
 /// node is a plain GGML_OP_FLASH_ATTN_EXT.
 ///
-/// Nodes are computed on the CPU, by the threads of ggml's CPU backend. The context must not be freed before the last graph with
-/// the node was computed; the index may.
+/// Nodes are computed by the threads of ggml's CPU backend, or by a CUDA device that sqz_register has hooked (docs/op.md). The
+/// context must not be freed before the last graph with the node was computed; the index may.
 ///
 /// # Safety
 /// `ctx` is null or a live ggml context with room for the node; `q`, `k`, `v` and `mask` are null or live tensors.

@@ -39,6 +39,12 @@ pub struct Seen {
 impl Seen {
     /// Does the row see every cell?
     pub fn all(&self, cells: &[u32]) -> bool {
+        let (Some(first), Some(last)) = (cells.first(), cells.last()) else { return true };
+        if cells.windows(2).all(|w| w[1] == w[0] + 1) {
+            // Both ascend: nothing is missing in between if the ends are as far apart.
+            let at = self.cells.binary_search(first);
+            return at.is_ok_and(|at| self.cells.get(at + cells.len() - 1) == Some(last));
+        }
         self.cells.len() >= cells.len() && cells.iter().all(|c| self.cells.binary_search(c).is_ok())
     }
 }

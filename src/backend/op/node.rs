@@ -87,3 +87,30 @@ pub fn stock_node(node: &sys::ggml_tensor) -> Option<sys::ggml_tensor> {
     stock.op_params.iter_mut().zip(numbers).for_each(|(to, x)| *to = x.to_bits() as i32);
     Some(stock)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::set_numbers;
+    use super::*;
+
+    #[test]
+    fn a_node_of_ours_is_told_from_others_and_has_a_plain_twin() {
+        // SAFETY: plain numbers and pointers, for all of which zero is a value.
+        let mut node: sys::ggml_tensor = unsafe { std::mem::zeroed() };
+        node.op = sys::GGML_OP_CUSTOM;
+        node.ne = [64, 4, 2, 1];
+        set_numbers(&mut node, [0.125, 0.0, 30.0]);
+        assert!(!is_node(&node) && stock_node(&node).is_none());
+        let own = sys::ggml_custom_op_params { fun: Some(run_node), n_tasks: 4, userdata: std::ptr::null_mut() };
+        // SAFETY: as ggml_custom_4d leaves them; there is room for more.
+        unsafe { node.op_params.as_mut_ptr().cast::<sys::ggml_custom_op_params>().write_unaligned(own) };
+        assert!(is_node(&node));
+        let stock = stock_node(&node).expect("one of ours");
+        assert_eq!((stock.op, stock.ne), (sys::GGML_OP_FLASH_ATTN_EXT, [64, 4, 2, 1]));
+        let numbers: Vec<f32> = stock.op_params[..3].iter().map(|x| f32::from_bits(*x as u32)).collect();
+        assert_eq!(numbers, [0.125, 0.0, 30.0]);
+        assert!(stock.op_params[3..].iter().all(|x| *x == 0));
+        node.op = sys::GGML_OP_MUL_MAT;
+        assert!(!is_node(&node));
+    }
+}

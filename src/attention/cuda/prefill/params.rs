@@ -12,8 +12,6 @@ pub(super) const SEEN_THREADS: usize = 256;
 pub(super) const MERGE_THREADS: usize = 256;
 /// Blocks of merge per panel.
 pub(super) const MERGE_BLOCKS: usize = 4;
-/// Steps whose cells attend has in shared memory.
-const RING: usize = 8;
 /// Bytes of what attend finds cells by.
 const LISTS_BYTES: usize = 64;
 
@@ -61,7 +59,11 @@ pub(super) struct Path {
     alignment: usize,
     attend_stages: usize,
     barriers: usize,
+    /// Steps whose cells attend has in shared memory.
+    ring: usize,
     lookup_stages: [usize; 2],
+    /// Steps between two meetings of the threads.
+    lookup_groups: [usize; 2],
 }
 
 pub(super) const PORTABLE: Path = Path {
@@ -71,7 +73,9 @@ pub(super) const PORTABLE: Path = Path {
     alignment: 1,
     attend_stages: 2,
     barriers: 0,
+    ring: 8,
     lookup_stages: [3, 2],
+    lookup_groups: [1, 1],
 };
 pub(super) const HOPPER: Path = Path {
     suffix: "_hopper",
@@ -80,22 +84,25 @@ pub(super) const HOPPER: Path = Path {
     alignment: 1024,
     attend_stages: 5,
     barriers: 16,
-    lookup_stages: [3, 2],
+    ring: 16,
+    lookup_stages: [4, 2],
+    lookup_groups: [2, 1],
 };
 
 impl Path {
     pub(super) fn attend_bytes(&self, d: usize) -> usize {
         let tiles = (COLUMNS + 2 * self.attend_stages * KEYS) * 2 * d;
         let barriers = self.barriers * self.attend_stages;
-        tiles + 4 * (RING * KEYS + COLUMNS) + LISTS_BYTES + barriers + self.alignment - 1
+        tiles + 4 * (self.ring * KEYS + COLUMNS) + LISTS_BYTES + barriers + self.alignment - 1
     }
 
     pub(super) fn lookup_bytes(&self, d: usize, diag: bool, mass: bool) -> usize {
         let stage = KEYS * d * if diag { 3 } else { 2 };
         let variances = if diag { KEYS * d * 2 } else { 0 };
-        let sums = 2 * (self.lookup_threads / 32) * KEYS * 4 * if mass { 2 } else { 1 };
+        let slots = 2 * self.lookup_groups[diag as usize];
+        let sums = slots * (self.lookup_threads / 32) * KEYS * 4 * if mass { 2 } else { 1 };
         let tiles = COLUMNS * d * 2 + self.lookup_stages[diag as usize] * stage + variances;
-        tiles + 2 * 2 * KEYS * 4 + sums + self.alignment - 1
+        tiles + slots * 2 * KEYS * 4 + sums + self.alignment - 1
     }
 }
 
@@ -121,7 +128,6 @@ mod tests {
             ("CHECK_THREADS", CHECK_THREADS),
             ("PLAN_THREADS", PLAN_THREADS),
             ("SEEN_WARPS", SEEN_THREADS / 32),
-            ("RING", RING),
         ] {
             assert_eq!(of(name), own, "{name}");
         }
@@ -133,15 +139,15 @@ mod tests {
             assert!(files.contains(&text), "{text}");
         }
         let attend = include_str!("../../../../kernels/prefill_attend.cu");
-        assert!(attend.contains(&format!("AHEAD = 1, STAGES = {};", PORTABLE.attend_stages)));
+        assert!(attend.contains(&format!("STAGES = {}, RING = {};", PORTABLE.attend_stages, PORTABLE.ring)));
         let roles = include_str!("../../../../kernels/prefill_attend_hopper.cuh");
-        assert!(roles.contains(&format!("STAGES = {}, LAG", HOPPER.attend_stages)));
+        assert!(roles.contains(&format!("STAGES = {}, RING = {};", HOPPER.attend_stages, HOPPER.ring)));
         assert!(roles.contains(&format!("ROLES_THREADS = {},", HOPPER.attend_threads)));
         let lookup = include_str!("../../../../kernels/prefill_lookup.cu");
-        let [plain, diag] = PORTABLE.lookup_stages;
-        assert!(
-            lookup.contains(&format!("STAGES = DIAG ? {diag} : {plain};")) && HOPPER.lookup_stages == [plain, diag]
-        );
+        let ([plain, diag], [group, alone]) = (PORTABLE.lookup_stages, HOPPER.lookup_groups);
+        assert!(lookup.contains(&format!("STAGES = Path::MT == 1 ? 2 * GROUP : DIAG ? {diag} : {plain};")));
+        assert!(lookup.contains(&format!("GROUP = Path::MT == 1 && !DIAG ? {group} : {alone};")));
+        assert_eq!((HOPPER.lookup_stages, PORTABLE.lookup_groups), ([2 * group, 2 * alone], [1, 1]));
     }
 
     #[test]
