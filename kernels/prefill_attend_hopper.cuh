@@ -157,7 +157,7 @@ __device__ __forceinline__ void multiply_panels(const Prefill &p, uint32_t begin
         pack_weights(weights, s);
         uint32_t last = round.stage;
         round.next(), ++n_step;
-        // The product with a step's values is done beside the next step's softmax.
+        // The product with a step's values is begun beside the next step's scores.
         for (uint32_t step = from + 1; step < to; ++step) {
             await_stage();
             Hopper::hold(s[0]);
@@ -169,17 +169,10 @@ __device__ __forceinline__ void multiply_panels(const Prefill &p, uint32_t begin
             Hopper::hold(s[0]);
             finish(step);
             const bool rises = softmax.add(s);
-            Hopper::hold(s[0]);
-            // The assembler pulls a wait to the front of its block: in one of its own it stays behind the softmax.
-            if (rises) {
-                Hopper::await_to_rescale();
-                Hopper::hold(acc[0]);
-                softmax.rescale(acc);
-            } else {
-                Hopper::await<0>();
-                Hopper::hold(acc[0]);
-            }
+            Hopper::await<0>();
+            Hopper::hold(acc[0]);
             release(last);
+            if (rises) softmax.rescale(acc);
             pack_weights(weights, s);
             last = round.stage;
             round.next(), ++n_step;

@@ -207,10 +207,6 @@ struct Hopper {
     __device__ static __forceinline__ void await() {
         asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
     }
-    // As await<0>, but not one code with it where two branches have both.
-    static __device__ __forceinline__ void await_to_rescale() {
-        asm volatile("wgmma.wait_group.sync.aligned 0; // to rescale" ::: "memory");
-    }
     // Nothing is done with these numbers on the other side of this.
     template <int N>
     __device__ static __forceinline__ void hold(float (&a)[N][4]) {
