@@ -4,6 +4,6 @@
 namespace squeeze {
 
 LOOKUP(any_96, 96, false, true, 6)
-LOOKUP(any_96_diag, 96, true, true, 5)
+LOOKUP(any_96_diag, 96, true, true, 4)
 
 }  // namespace squeeze

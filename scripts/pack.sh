@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Packs what a machine without Rust needs to run everything on its GPU: sqz, the plugin, llama.cpp's programs and libraries, ggml's
-# backends, the CUDA tests (and those of the attention op) and benches, all in one folder `bin` of OUT/ggml-squeeze.tar.xz (about 30 MB), without debug information.
+# backends, the CUDA tests, those of the attention op, and benches, all in one folder `bin` of OUT/ggml-squeeze.tar.xz (about
+# 35 MB), without debug information.
 # There: tar xJf ggml-squeeze.tar.xz; export LD_LIBRARY_PATH=$PWD/bin SQZ_BACKENDS=$PWD/bin; scripts/gpu.sh bin ...
 # Usage: pack.sh OUT     Needs make plugin, scripts/llama.sh and scripts/ggml-cuda.sh.
 set -euo pipefail

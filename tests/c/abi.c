@@ -458,6 +458,19 @@ static void attention(void) {
     WITH(bad.scale = NAN, SQZ_ERROR_ARGUMENT);
     WITH((bad.max_bias = 1, bad.mask.data = NULL), SQZ_ERROR_UNSUPPORTED);
 #undef WITH
+    /* On a GPU: the same checks first; these buffers are none of its memory, if there is one. */
+    FAILS(SQZ_ERROR_NULL, sqz_attention_launch(NULL, &call, 0, NULL));
+    FAILS(SQZ_ERROR_NULL, sqz_attention_launch(context, NULL, 0, NULL));
+    FAILS(SQZ_ERROR_HANDLE, sqz_attention_launch((struct sqz_context *)index, &call, 0, NULL));
+    FAILS(SQZ_ERROR_ARGUMENT, sqz_attention_launch(context, &call, -1, NULL));
+    FAILS(SQZ_ERROR_DEVICE, sqz_attention_launch(context, &call, 1000, NULL));
+    {
+        const enum sqz_status status = sqz_attention_launch(context, &call, 0, NULL);
+        CHECK(status == SQZ_ERROR_DEVICE || status == SQZ_ERROR_UNSUPPORTED);
+    }
+    bad = call;
+    bad.q.data = NULL;
+    FAILS(SQZ_ERROR_NULL, sqz_attention_launch(context, &bad, 0, NULL));
     FAILS(SQZ_ERROR_NULL, sqz_attn_forget(NULL));
     CHECK(sqz_attn_ext(NULL, NULL, NULL, NULL, NULL, NULL, 1, 0, 0, index, 0) == NULL && sqz_last_error()[0] != 0);
     CHECK(sqz_attn_ext(context, NULL, NULL, NULL, NULL, NULL, 1, 0, 0, index, 0) == NULL);

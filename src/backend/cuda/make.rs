@@ -9,14 +9,14 @@ use super::super::graph::unrotated;
 use super::super::runtime::{Loaded, Snapshot};
 use super::super::stats::Reason;
 use super::bindings::{device_rows, Gpu, Seen};
-use super::plan::{Counted, Plan, Share, Step, Tally};
-use super::planner::dense_call;
+use super::launch::{cut, dense_call, prefill, Launch};
+use super::plan::{Plan, Share, Step, Tally};
 use super::stock::Stock;
 use super::survey::{Site, Survey};
 use super::Ready;
 use crate::attention::cuda::{
-    self, Attention, Bound, Call, Device, Error, Masks, Prefill, PrefillCall, RowMap, RowNumbers, Stream, Watched, Workspace,
-    BOUND_MAX, MAX_PREFILL_ROWS, MAX_ROWS,
+    self, Attention, Bound, Call, Error, Masks, Prefill, RowMap, RowNumbers, Watched, Workspace, BOUND_MAX,
+    MAX_PREFILL_ROWS, MAX_ROWS,
 };
 use crate::attention::{Array, Element, Problem, Rotation, Selection};
 use crate::index::Index;
@@ -27,74 +27,6 @@ type Made = (Plan, Vec<Reason>, u64);
 /// Rows of a prefill whose masks are looked at for a binding, evenly spread, the last one among them.
 const ROWS_SEEN: usize = 16;
 
-/// What computes an attention node.
-pub(super) enum Launch {
-    Decode(Box<Attention>),
-    Prefill(Box<Prefill>),
-}
-
-impl Launch {
-    /// `many`: the call, if it is a prefill.
-    pub(super) fn new(
-        gpu: &Arc<Device>,
-        call: &Call<'_>,
-        many: Option<&PrefillCall<'_>>,
-        workspace: &Workspace,
-    ) -> Result<Launch, Error> {
-        Ok(match many {
-            Some(many) => Launch::Prefill(Box::new(Prefill::new(gpu, many, workspace)?)),
-            None => Launch::Decode(Box::new(Attention::new(gpu, call, workspace)?)),
-        })
-    }
-
-    /// `share`: what a binding's kept keys are a share of, where the graph's bindings are not all nodes'.
-    pub(super) fn counted(&self, n_row: usize, n_head_kv: usize, share: Option<Share>) -> Counted {
-        match self {
-            Launch::Decode(_) => Counted { groups: vec![n_row], n_head_kv, tiles: false, share },
-            Launch::Prefill(prefill) => Counted { groups: prefill.slots(), n_head_kv, tiles: true, share },
-        }
-    }
-
-    /// From now on the counts go to this device address.
-    pub(super) fn count_at(&mut self, counts: u64) {
-        match self {
-            Launch::Decode(attention) => attention.count_at(counts),
-            Launch::Prefill(prefill) => prefill.count_at(counts),
-        }
-    }
-
-    pub(super) fn step(mut self, counts: u64) -> Step {
-        self.count_at(counts);
-        match self {
-            Launch::Decode(attention) => Step::Attend(vec![*attention]),
-            Launch::Prefill(prefill) => Step::Prefill(prefill),
-        }
-    }
-
-    /// Puts the call on a stream.
-    ///
-    /// # Errors
-    /// The driver refuses.
-    ///
-    /// # Safety
-    /// As for `Attention::launch`.
-    pub(super) unsafe fn start(&self, stream: &Stream) -> Result<(), Error> {
-        // SAFETY: the same contract.
-        unsafe {
-            match self {
-                Launch::Decode(attention) => attention.launch_after_others(stream.raw()),
-                Launch::Prefill(prefill) => prefill.launch(stream.raw()),
-            }
-        }
-    }
-}
-
-/// Is it more than decode, and in how large tiles? Rows are known to see their prefixes, since a map of rows has looked.
-pub(super) fn prefill<'a>(call: &Call<'a>, tile: usize) -> Option<PrefillCall<'a>> {
-    let many = call.problem.n_row() > MAX_ROWS;
-    many.then_some(PrefillCall { call: *call, tile, portable: false, slots: 0 })
-}
-
 /// Shortest prefix that an index is used for.
 fn min_prefix(snapshot: &Snapshot, matcher: &Matcher) -> usize {
     snapshot.config.min_prefix.unwrap_or_else(|| min_prefix_of(&matcher.index))
@@ -104,39 +36,6 @@ fn min_prefix(snapshot: &Snapshot, matcher: &Matcher) -> usize {
 pub(super) fn min_prefix_of(index: &Index) -> usize {
     let shapes = index.shapes().iter();
     shapes.map(|s| cuda::min_prefix(s.n_head_kv as usize, s.head_dim_k as usize)).max().unwrap_or(usize::MAX)
-}
-
-/// One stream's rows `first..first + n` of a call.
-fn rows_of(p: &Problem, stream: usize, first: usize, n: usize) -> Problem {
-    let at = |a: &Array, bytes: usize, ne1: Option<usize>| {
-        let [n0, n1, n2, _] = a.ne;
-        Array { data: a.data.wrapping_add(bytes), ne: [n0, ne1.unwrap_or(n1), n2, 1], nb: a.nb }
-    };
-    let share = |a: &Array| stream / (p.q.ne[3] / a.ne[3].max(1)).max(1);
-    let mask = p.mask.as_ref().map(|m| {
-        let bytes = first * m.nb[1] + stream % m.ne[3].max(1) * m.nb[3];
-        at(m, bytes, Some(m.ne[1].saturating_sub(first)))
-    });
-    let mut dst = at(&p.dst, first * p.dst.nb[2] + stream * p.dst.nb[3], None);
-    dst.ne[2] = n;
-    Problem {
-        q: at(&p.q, first * p.q.nb[1] + stream * p.q.nb[3], Some(n)),
-        k: at(&p.k, share(&p.k) * p.k.nb[3], None),
-        v: at(&p.v, share(&p.v) * p.v.nb[3], None),
-        mask,
-        dst,
-        ..*p
-    }
-}
-
-/// A call of any number of rows as calls of at most 16.
-pub(super) fn cut(p: &Problem) -> Vec<Problem> {
-    if p.n_row() <= MAX_ROWS {
-        return vec![*p];
-    }
-    let n_query = p.q.ne[1];
-    let firsts = |stream| (0..n_query).step_by(MAX_ROWS).map(move |first| (stream, first));
-    (0..p.q.ne[3]).flat_map(firsts).map(|(s, first)| rows_of(p, s, first, MAX_ROWS.min(n_query - first))).collect()
 }
 
 /// Why a node is none of ours whatever is bound, if so.

@@ -6,6 +6,7 @@
 
 mod bindings;
 mod calls;
+mod launch;
 mod make;
 mod nodes;
 mod places;
@@ -19,10 +20,10 @@ use std::sync::Arc;
 use ggml_sys as sys;
 
 use self::bindings::Bindings;
+pub use self::calls::Calls;
 use self::nodes::NodeGraph;
 use self::plan::{Failure, Lanes, Plan};
 use self::planner::Planner;
-pub use self::calls::Calls;
 pub use self::stock::Stock;
 use self::survey::Survey;
 use super::layers::Layers;

@@ -46,6 +46,7 @@ pub(super) struct NodeGraph {
 /// A graph's list of nodes in which the stock backend's stand for ours.
 struct Substituted {
     // boxed: the list holds their addresses
+    #[allow(clippy::vec_box)]
     _stock: Vec<Box<sys::ggml_tensor>>,
     list: Vec<*mut sys::ggml_tensor>,
 }
@@ -185,7 +186,8 @@ impl Ready {
         if let Some(at) = self.node_graphs.iter().position(same) {
             let own = &mut self.node_graphs[at];
             let is_current = own.version == self.planner.places.version && Arc::ptr_eq(&own.snapshot, &snapshot);
-            let settled = own.dense.iter().all(|r| *r != Reason::Stale) && own.plan.tally.as_ref().is_none_or(|t| t.unbound == 0);
+            let settled =
+                own.dense.iter().all(|r| *r != Reason::Stale) && own.plan.tally.as_ref().is_none_or(|t| t.unbound == 0);
             own.due = if settled { own.pause } else { own.due.saturating_sub(1) };
             if is_current && (settled || own.due > 0) {
                 return Ok(at);
@@ -199,7 +201,8 @@ impl Ready {
         let tensors: Vec<Tensor> = list.iter().filter_map(|t| unsafe { Tensor::new(*t) }).collect();
         let capture = uid != 0 && survey::can_be_captured(&tensors);
         self.lanes.follow(stock)?;
-        let Planned { launches, counted, n_row, dense, rows, workspace } = self.planner.plan(found, &self.lanes.stream)?;
+        let Planned { launches, counted, n_row, dense, rows, workspace } =
+            self.planner.plan(found, &self.lanes.stream)?;
         let mut plan = Plan::default();
         if !launches.is_empty() {
             let tally = Tally::new(&self.gpu, counted, n_row, Vec::new())?;
@@ -213,7 +216,8 @@ impl Ready {
             self.node_graphs.remove(0);
         }
         let pause = (2 * pause).clamp(1, LONGEST_PAUSE);
-        let own = NodeGraph { uid, n_node, asked, snapshot, version, plan, _rows: rows, scope, dense, due: pause, pause };
+        let own =
+            NodeGraph { uid, n_node, asked, snapshot, version, plan, _rows: rows, scope, dense, due: pause, pause };
         self.node_graphs.push(own);
         Ok(self.node_graphs.len() - 1)
     }

@@ -160,7 +160,9 @@ impl Places {
     /// # Errors
     /// The driver refuses, memory is short, or the kernels do not take such rows.
     pub fn learn(&mut self, node: &Node, p: &Problem, gpu: &Arc<Device>, on: &Stream) -> Result<(), Error> {
-        for dead in (0..self.all.len()).rev().filter(|i| self.all[*i].generation.strong_count() == 0).collect::<Vec<_>>() {
+        for dead in
+            (0..self.all.len()).rev().filter(|i| self.all[*i].generation.strong_count() == 0).collect::<Vec<_>>()
+        {
             self.remove(dead);
         }
         for stream in 0..p.k.ne[3] {
@@ -185,7 +187,11 @@ impl Places {
                 }
                 if !holds && before != Some(false) && super::super::runtime::snapshot().config.log > 0 {
                     let what = "K or V does not hold the prefix of the index in its first cells: dense";
-                    log(format_args!("attention op of layer {}, stream {stream}, on {}: {what}", node.layer, gpu.name()));
+                    log(format_args!(
+                        "attention op of layer {}, stream {stream}, on {}: {what}",
+                        node.layer,
+                        gpu.name()
+                    ));
                 }
             }
             let (generation, verified) = (Arc::downgrade(&node.generation), generation);

@@ -211,7 +211,12 @@ impl From<Error> for Failure {
 
 impl Plan {
     /// A plan in which `own` (by node) replaces nodes, and the stock backend computes the others.
-    pub fn of(own: Vec<(usize, Step)>, n_node: usize, can_be_captured: bool, workspace: Option<Arc<Workspace>>) -> Plan {
+    pub fn of(
+        own: Vec<(usize, Step)>,
+        n_node: usize,
+        can_be_captured: bool,
+        workspace: Option<Arc<Workspace>>,
+    ) -> Plan {
         let mut steps = Vec::new();
         let mut next = 0;
         for (node, step) in own {

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use super::super::op::Node;
 use super::super::runtime::{enter, selection, snapshot, Snapshot};
 use super::super::stats::Reason;
-use super::make::{cut, min_prefix_of, prefill, Launch};
+use super::launch::{cut, dense_call, prefill, Launch};
+use super::make::min_prefix_of;
 use super::places::Places;
 use super::plan::{Counted, Share};
 use crate::attention::cuda::{
     self, Attention, Bound, Buffer, Call, Device, Error, Prefill, Stream, Workspace, MAX_PREFILL_ROWS, MAX_ROWS,
 };
-use crate::attention::{Array, Mode, Problem, Rotation, Selection, Spread};
+use crate::attention::{Array, Problem, Rotation};
 
 /// What is known and held on one GPU.
 pub struct Planner {
@@ -104,7 +105,8 @@ impl Planner {
     fn launches(&mut self, places: &Places, taken: &[Taken<'_>], planned: &mut Planned) -> Result<(), Error> {
         let mut bound = Vec::new();
         for own in taken {
-            let (streams, bounds): (Vec<usize>, Vec<&Bound>) = places.bounds(own.node, &own.problem).into_iter().unzip();
+            let (streams, bounds): (Vec<usize>, Vec<&Bound>) =
+                places.bounds(own.node, &own.problem).into_iter().unzip();
             if bounds.is_empty() {
                 planned.dense.push(Reason::Stale);
                 continue;
@@ -183,12 +185,4 @@ impl Planner {
         let launch = |call| Ok(Launch::Decode(Box::new(Attention::new(&self.gpu, call, &workspace)?)));
         Ok((parts.iter().map(launch).collect::<Result<_, Error>>()?, workspace))
     }
-}
-
-/// A call without bindings.
-pub(super) fn dense_call(problem: &Problem, rows: u64) -> Call<'static> {
-    let mode = Mode::Budget(1.0);
-    let selection = Selection { mode, spread: Spread::None, alpha: 0.0, estimate: false, coarse_share: 1.0 };
-    let rotation = Rotation::default();
-    Call { problem: *problem, rotation, layer: 0, selection, rows, seen: true, bounds: &[], first_stream: 0 }
 }

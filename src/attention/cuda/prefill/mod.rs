@@ -141,7 +141,8 @@ impl Prefill {
         let head = &kernels.heads[plan.head];
         let (n_row, n_bound, n_head_kv) = (p.call.n_row, p.call.n_bound, p.call.n_head_kv);
         let plain = |function, grid, threads| (Kernel { function, bytes: 0, blocks: 0 }, grid, threads);
-        let lookup = |pass: usize| (plan.lookup[pass], [p.chunks * p.parts, p.own_slots, n_head_kv], plan.lookup_threads);
+        let lookup =
+            |pass: usize| (plan.lookup[pass], [p.chunks * p.parts, p.own_slots, n_head_kv], plan.lookup_threads);
         let by_mass = (p.call.mode == MODE_MASS) as usize;
         let (kernel, grid, threads) = match PREFILL_STAGES[stage] {
             "check" if n_bound == 0 => return Ok(()),
