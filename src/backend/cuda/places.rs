@@ -177,7 +177,8 @@ impl Places {
                 before = Some(self.remove(at).bound.is_some());
             }
             let last = rows_of(p, stream, clustered(node) - 1, on)?;
-            let n_cell = p.k.ne[1].next_multiple_of(CELLS);
+            // A cache that grows is verified anew whenever it has doubled.
+            let n_cell = (2 * p.k.ne[1]).next_multiple_of(CELLS);
             let holds = verify(node, p, stream, on)?;
             let bound = holds.then(|| bind(node, p, stream, n_cell, &last, gpu, on)).transpose()?;
             {
