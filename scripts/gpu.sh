@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Runs on a machine with a GPU, from an unpacked archive of scripts/pack.sh: checks, then speed, with a short table each.
-# Usage: gpu.sh BIN STEP...    steps: tests, sanitize, conformance, shape=NAME@DEPTH (sqz random-model's shapes), model=FILE:TEXT:QUESTIONS
+# Usage: gpu.sh BIN STEP...    steps: tests, sanitize, conformance, shape=NAME@DEPTH (sqz random-model's shapes), model=FILE:TEXT:QUESTIONS,
+# eval=FILE:COUNT:TOKENS (on the CPU, which such a machine has more of: 8 minutes, less if there is no more to do)
 # Logs go to $OUT (default .).
 set -uo pipefail
-[[ $# -ge 2 ]] || { sed -n '2,4s/^# //p' "$0" >&2; exit 2; }
+[[ $# -ge 2 ]] || { sed -n '2,5s/^# //p' "$0" >&2; exit 2; }
 root=$(cd "$(dirname "$0")/.." && pwd)
 bin=$(cd "$1" && pwd)
 out=$(cd "${OUT:-.}" && pwd)
@@ -22,7 +23,14 @@ step() { # step NAME COMMAND...: output to a log, its end to the terminal
     grep -aE 'test result|FAILED|panicked|ERROR SUMMARY|^\||cases passed|error:|squeeze: ' "$out/$name.log" | tail -n 24
 }
 
-tests() { PROPTEST_CASES=${PROPTEST_CASES:-64} "$bin/test-cuda" --test-threads 12 && "$bin/test-kmeans_cuda" --test-threads 4; }
+tests() {
+    PROPTEST_CASES=${PROPTEST_CASES:-64} "$bin/test-cuda" --test-threads 12 && "$bin/test-kmeans_cuda" --test-threads 4 &&
+        "$bin/test-op" --ignored --test-threads 1 gpu::
+}
+eval_on_cpu() { # eval_on_cpu FILE COUNT TOKENS
+    "$bin/sqz" eval -m "$1" -dev none --count "$2" --tokens "$3" --bytes 0.1,0.125,0.2,0.33,0.5 --baselines all --try all --minutes 8 \
+        -o "$out/eval.html"
+}
 sanitize() {
     local tool
     for tool in memcheck initcheck; do
@@ -54,6 +62,10 @@ for what in "$@"; do
         model=*:*:*)
             IFS=: read -r file text questions <<< "${what#model=}"
             step model model "$file" "$text" "$questions"
+            ;;
+        eval=*:*:*)
+            IFS=: read -r file count tokens <<< "${what#eval=}"
+            step eval eval_on_cpu "$file" "$count" "$tokens"
             ;;
         *) echo "gpu.sh: no step $what" >&2; failed=1 ;;
     esac

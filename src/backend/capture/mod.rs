@@ -9,6 +9,7 @@ use std::ffi::CStr;
 use ggml_sys as sys;
 use ggml_sys::Api;
 use half::f16;
+use rayon::prelude::*;
 
 use super::rows::{is_quantised, Row};
 use super::tensor::element_of;
@@ -457,26 +458,33 @@ impl Capture {
 
     /// `[P][n_head][head_dim]`, in the plain basis: `block` is that of the rows.
     unsafe fn read_rows(&self, r: &Rows, block: usize, api: &Api) -> Vec<f16> {
-        let mut bytes = vec![0u8; self.n_prefix * r.cell_bytes];
         let size = r.element.row_bytes(r.head_dim);
         let last = (self.n_prefix - 1) * r.cell_bytes + (r.n_head - 1) * r.head_bytes + size;
-        // SAFETY: cells 0..P of the view that the op used; `last` bytes are no more than the tensor has from there.
+        let mut out = vec![f16::ZERO; self.n_prefix * r.n_head * r.head_dim];
+        let plain = r.element == Element::F16 && block == 0;
+        let packed = r.head_bytes == size && r.cell_bytes == r.n_head * size;
+        if plain && packed && cfg!(target_endian = "little") {
+            // SAFETY: cells 0..P of the view that the op used, which are packed; `last` bytes are no more than the tensor has from there.
+            unsafe { (api.ggml_backend_tensor_get)(r.root, out.as_mut_ptr().cast(), r.offset, last) };
+            return out;
+        }
+        let mut bytes = vec![0u8; last];
+        // SAFETY: as above.
         unsafe { (api.ggml_backend_tensor_get)(r.root, bytes.as_mut_ptr().cast(), r.offset, last) };
-        let mut out = Vec::with_capacity(self.n_prefix * r.n_head * r.head_dim);
-        let mut plain = vec![0.0; r.head_dim];
-        for cell in 0..self.n_prefix {
-            for head in 0..r.n_head {
+        out.par_chunks_exact_mut(r.n_head * r.head_dim).enumerate().for_each(|(cell, rows)| {
+            let mut numbers = vec![0.0; r.head_dim];
+            for (head, to) in rows.chunks_exact_mut(r.head_dim).enumerate() {
                 let at = cell * r.cell_bytes + head * r.head_bytes;
                 let row = &bytes[at..at + size];
-                if r.element == Element::F16 && block == 0 {
-                    out.extend(row.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])));
+                if plain {
+                    to.iter_mut().zip(row.chunks_exact(2)).for_each(|(x, b)| *x = f16::from_le_bytes([b[0], b[1]]));
                     continue;
                 }
-                Row { bytes: row, element: r.element, compact: None }.decode(0, &mut plain);
-                rotate(&mut plain, block);
-                out.extend(plain.iter().map(|x| f16::from_f32(*x)));
+                Row { bytes: row, element: r.element, compact: None }.decode(0, &mut numbers);
+                rotate(&mut numbers, block);
+                to.iter_mut().zip(&numbers).for_each(|(x, n)| *x = f16::from_f32(*n));
             }
-        }
+        });
         out
     }
 }
