@@ -471,16 +471,17 @@ impl Capture {
         let mut bytes = vec![0u8; last];
         // SAFETY: as above.
         unsafe { (api.ggml_backend_tensor_get)(r.root, bytes.as_mut_ptr().cast(), r.offset, last) };
-        out.par_chunks_exact_mut(r.n_head * r.head_dim).enumerate().for_each(|(cell, rows)| {
-            let mut numbers = vec![0.0; r.head_dim];
-            for (head, to) in rows.chunks_exact_mut(r.head_dim).enumerate() {
-                let at = cell * r.cell_bytes + head * r.head_bytes;
+        let (element, head_dim, cell_bytes, head_bytes) = (r.element, r.head_dim, r.cell_bytes, r.head_bytes);
+        out.par_chunks_exact_mut(r.n_head * head_dim).enumerate().for_each(|(cell, rows)| {
+            let mut numbers = vec![0.0; head_dim];
+            for (head, to) in rows.chunks_exact_mut(head_dim).enumerate() {
+                let at = cell * cell_bytes + head * head_bytes;
                 let row = &bytes[at..at + size];
                 if plain {
                     to.iter_mut().zip(row.chunks_exact(2)).for_each(|(x, b)| *x = f16::from_le_bytes([b[0], b[1]]));
                     continue;
                 }
-                Row { bytes: row, element: r.element, compact: None }.decode(0, &mut numbers);
+                Row { bytes: row, element, compact: None }.decode(0, &mut numbers);
                 rotate(&mut numbers, block);
                 to.iter_mut().zip(&numbers).for_each(|(x, n)| *x = f16::from_f32(*n));
             }
