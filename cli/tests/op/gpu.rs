@@ -196,7 +196,7 @@ impl Drop for Scheduler {
 
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
-fn a_scheduled_graph_runs_on_the_gpu_and_is_captured() {
+fn a_scheduled_graph_runs_on_the_gpu_again_and_again() {
     let mut case = Case::new(&Spec { n_query: 1, ..Spec::default() }, BUDGET, |_| ());
     let cpu = Backend::new(1);
     let mut backends = [case.gpu.raw(), cpu.raw()];
