@@ -10,7 +10,7 @@ use super::super::stats::Reason;
 use super::launch::Launch;
 use super::plan::Tally;
 use super::planner::{Planned, Planner};
-use crate::attention::cuda::{self, Buffer, Device, Error, Event, Stream, Workspace, MAX_PREFILL_ROWS};
+use crate::attention::cuda::{Buffer, Device, Error, Event, Stream, Workspace, MAX_PREFILL_ROWS};
 use crate::attention::Problem;
 
 /// Calls that are kept ready.
@@ -134,9 +134,7 @@ impl Calls {
             pause = own.pause;
             self.drop_call(at)?;
         }
-        let gpu = &self.planner.gpu;
-        let arrays = [Some(problem.q), Some(problem.k), Some(problem.v), Some(problem.dst), problem.mask];
-        if !arrays.iter().flatten().all(|a| cuda::is_on(gpu, a.data as u64)) {
+        if !self.planner.is_here(problem) {
             let (got, want) = ("elsewhere".to_string(), "device memory of this GPU");
             return Err(Error::Unsupported { what: "the memory of an array", got, want }.into());
         }

@@ -1,7 +1,5 @@
 //! Makes the plan of a graph: which bindings its rows may have, and what computes each attention node.
 
-use std::sync::Arc;
-
 use half::f16;
 
 use super::super::binding::Matcher;
@@ -136,19 +134,7 @@ impl Ready {
 
     /// A plan in which `own` (by node) replaces nodes.
     fn plan_of(&self, survey: &Survey, own: Vec<(usize, Step)>, n_node: usize) -> Plan {
-        Plan::of(own, n_node, survey.can_be_captured, self.workspace.clone())
-    }
-
-    /// A workspace of so many bytes, shared by all plans that it is large enough for.
-    fn workspace(&mut self, bytes: usize) -> Result<Arc<Workspace>, Error> {
-        match &self.workspace {
-            Some(workspace) if workspace.bytes() >= bytes => Ok(workspace.clone()),
-            _ => {
-                let made = Arc::new(Workspace::of_bytes(&self.gpu, bytes)?);
-                self.workspace = Some(made.clone());
-                Ok(made)
-            }
-        }
+        Plan::of(own, n_node, survey.can_be_captured, self.planner.workspace.clone())
     }
 
     /// Every node that the kernels take, over all its cells.
@@ -176,7 +162,7 @@ impl Ready {
                 Err(error) => return Err(error),
             }
         }
-        let workspace = self.workspace(most)?;
+        let workspace = self.planner.workspace(most)?;
         let step = |(node, whole, is_many, calls): (usize, Call<'_>, bool, Vec<Call<'_>>)| {
             if let Some(many) = prefill(&whole, 1).filter(|_| is_many) {
                 return Ok((node, Step::Prefill(Box::new(Prefill::new(&self.gpu, &many, &workspace)?))));
@@ -252,7 +238,7 @@ impl Ready {
     ) -> Result<bool, Error> {
         let first = survey.sites.iter().find(|site| refusal(site, snapshot).is_none());
         let Some((first, mask)) = first.and_then(|site| Some((site, site.problem.mask?))) else { return Ok(false) };
-        if survey.opaque || !self.is_here(first, &mask, survey) {
+        if survey.opaque || !self.is_here(first, survey) {
             return Ok(false);
         }
         self.lanes.follow(stock)?;
@@ -260,11 +246,8 @@ impl Ready {
     }
 
     /// Is all that is read for a node in this GPU's memory?
-    fn is_here(&self, site: &Site, mask: &Array, survey: &Survey) -> bool {
-        let on_device = |a: &Array| cuda::is_on(&self.gpu, a.data as u64);
-        let p = &site.problem;
-        survey.written.iter().all(|w| cuda::is_on(&self.gpu, w.address))
-            && [mask, &p.q, &p.k, &p.v, &p.dst].into_iter().all(on_device)
+    fn is_here(&self, site: &Site, survey: &Survey) -> bool {
+        survey.written.iter().all(|w| cuda::is_on(&self.gpu, w.address)) && self.planner.is_here(&site.problem)
     }
 
     /// The plan of a graph whose rows may have a binding; `None` where there is none for them. `sites` loses those that are
@@ -281,7 +264,7 @@ impl Ready {
         let first = sites[0];
         let (Some(mask), false) = (first.problem.mask, survey.opaque) else { return Ok(None) };
         let p = &first.problem;
-        if !self.is_here(first, &mask, survey) {
+        if !self.is_here(first, survey) {
             return Ok(None);
         }
         self.lanes.follow(stock)?;
@@ -415,7 +398,8 @@ impl Ready {
             let many = prefill(call, tile);
             Launch::new(&gpu, call, many.as_ref(), workspace)
         };
-        let made = self.workspace(bytes).map(|workspace| calls.iter().map(|call| launch(call, &workspace)).collect());
+        let made =
+            self.planner.workspace(bytes).map(|workspace| calls.iter().map(|call| launch(call, &workspace)).collect());
         self.bindings.all = all;
         made
     }

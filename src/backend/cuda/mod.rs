@@ -31,7 +31,7 @@ use super::op;
 use super::runtime::{count, Snapshot};
 use super::stats::{log, Reason};
 use super::tensor::Tensor;
-use crate::attention::cuda::{Buffer, Device, Error, Workspace, MAX_PREFILL_ROWS};
+use crate::attention::cuda::{Buffer, Device, Error, MAX_PREFILL_ROWS};
 
 /// Planned graphs that are kept.
 const GRAPHS_MAX: usize = 8;
@@ -70,7 +70,6 @@ struct Ready {
     /// Of graphs with nodes of the attention op, and the caches that these read.
     node_graphs: Vec<NodeGraph>,
     planner: Planner,
-    workspace: Option<Arc<Workspace>>,
     /// Rows of a call without bindings: all dense.
     dense_rows: Buffer,
     said: Option<Error>,
@@ -168,7 +167,6 @@ impl Ready {
             graphs: Vec::new(),
             node_graphs: Vec::new(),
             planner: Planner::new(&gpu),
-            workspace: None,
             dense_rows: Buffer::of(&gpu, "the rows of a graph", &[-1i32; MAX_PREFILL_ROWS])?,
             said: None,
             gpu,

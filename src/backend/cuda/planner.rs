@@ -18,7 +18,8 @@ use crate::attention::{Array, Problem, Rotation};
 pub struct Planner {
     pub gpu: Arc<Device>,
     pub places: Places,
-    workspace: Option<Arc<Workspace>>,
+    /// Shared by all plans that it is large enough for.
+    pub(super) workspace: Option<Arc<Workspace>>,
 }
 
 /// A node whose cache is known.
@@ -62,13 +63,17 @@ impl Planner {
         if p.k.ne[3] != p.v.ne[3] || p.q.ne[3] % p.k.ne[3] != 0 {
             return Err(Reason::Shape);
         }
-        let on_device = |a: &Array| cuda::is_on(&self.gpu, a.data as u64);
-        let all = [Some(p.q), Some(p.k), Some(p.v), Some(p.dst), p.mask];
-        if all.iter().flatten().all(on_device) {
+        if self.is_here(&p) {
             Ok(p)
         } else {
             Err(Reason::Type)
         }
+    }
+
+    /// Are a call's arrays in this GPU's memory?
+    pub(super) fn is_here(&self, p: &Problem) -> bool {
+        let on_device = |a: &Array| cuda::is_on(&self.gpu, a.data as u64);
+        [Some(p.q), Some(p.k), Some(p.v), Some(p.dst), p.mask].iter().flatten().all(on_device)
     }
 
     /// Plans nodes by their places in a graph. Waits for the device where a cache is new.
@@ -162,7 +167,7 @@ impl Planner {
     }
 
     /// A workspace of so many bytes at least.
-    fn workspace(&mut self, bytes: usize) -> Result<Arc<Workspace>, Error> {
+    pub(super) fn workspace(&mut self, bytes: usize) -> Result<Arc<Workspace>, Error> {
         match &self.workspace {
             Some(workspace) if workspace.bytes() >= bytes => Ok(workspace.clone()),
             _ => Ok(self.workspace.insert(Arc::new(Workspace::of_bytes(&self.gpu, bytes)?)).clone()),
