@@ -494,10 +494,10 @@ fn prefill_line(
         |keys: f64, products: f64, us: f64| 2.0 * products * keys * (s.n_row * s.n_head * s.d) as f64 / us / 1e6;
     let n_cluster = ((s.n_prefix - SINKS - WINDOW) / 20) as f64;
     let products = if s.spread == Spread::Diag { 2.0 } else { 1.0 };
-    let lookup: f64 = ["check", "plan", "seen", "sums", "means"].into_iter().map(stage).sum();
+    let lookup: f64 = ["check", "plan", "seen", "sinks", "sums", "means"].into_iter().map(stage).sum();
     format!(
         "{{\"heads\":{},\"kv_heads\":{},\"d\":{},\"prefix\":{},\"rows\":{},\"budget\":{},\"spread\":\"{:?}\",\"estimate\":false,\
-         \"tile\":{},\"portable\":{},\"sets\":{n_set},\"copy_tb_s\":{:.3},\"us\":{us:.2},\"dense_us\":{dense_us:.2},\
+         \"type\":\"{}\",\"tile\":{},\"portable\":{},\"sets\":{n_set},\"copy_tb_s\":{:.3},\"us\":{us:.2},\"dense_us\":{dense_us:.2},\
          \"lookup_us\":{lookup:.2},\"check_us\":{:.2},\"sums_us\":{:.2},\"means_us\":{:.2},\"select_us\":{:.2},\
          \"attend_us\":{:.2},\"merge_us\":{:.2},\"lookup_tflops\":{:.1},\"attend_tflops\":{:.1},\"kept\":{kept:.4},\
          \"coarse_share\":1}}",
@@ -508,10 +508,11 @@ fn prefill_line(
         s.n_row,
         s.budget,
         s.spread,
+        s.element.name(),
         s.tile,
         s.portable,
         copy / 1e6,
-        stage("check") + stage("plan") + stage("seen"),
+        stage("check") + stage("plan") + stage("seen") + stage("sinks"),
         stage("sums"),
         stage("means"),
         stage("select"),

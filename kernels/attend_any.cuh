@@ -9,6 +9,12 @@
 namespace squeeze {
 namespace {
 
+template <int N>
+__device__ __forceinline__ void await_copies_of_warp() {
+    await_copies<N>();
+    __syncwarp();
+}
+
 // What a warp has of its columns, 8 NT query heads: max and sum, and the weighted sum of values as `value_dim` has it.
 template <int D, int NT>
 struct State {
@@ -139,7 +145,7 @@ __device__ void sweep(const Call &call, Shared<DK, NT> &shared, char *room, Stat
                 if (at < 0) hidden[h] = -INFINITY;
                 else if (masked) hidden[h] = __half2float(cells.mask[at]) * LOG2E;
             }
-            await_copies<1>();
+            await_copies_of_warp<1>();
             float s[NT][4] = {};
             with_type<DK>(call.k_type, [&](auto tag) { score_rows<decltype(tag)::value, DK, NT>(s, k_room, call.k_stage, q); });
             __syncwarp();
@@ -154,7 +160,7 @@ __device__ void sweep(const Call &call, Shared<DK, NT> &shared, char *room, Stat
                 }
             }
             state.weigh(s);
-            await_copies<1>();
+            await_copies_of_warp<1>();
             with_type<DV>(call.v_type, [&](auto tag) {
                 constexpr uint32_t TYPE = decltype(tag)::value;
                 Weights<NT> weights;
@@ -169,7 +175,7 @@ __device__ void sweep(const Call &call, Shared<DK, NT> &shared, char *room, Stat
         tile = end;
         cell = next;
     }
-    await_copies<0>();
+    await_copies_of_warp<0>();
 
     for (uint32_t tile = max(from, estimate_at); tile < to; ++tile) {
         const Layer &layer = bound->layer;
@@ -211,7 +217,7 @@ __device__ void sweep(const Call &call, Shared<DK, NT> &shared, char *room, Stat
         state.weigh(s);
         Weights<NT> weights;
         weights.template set<TYPE_F16>(s);
-        await_copies<0>();
+        await_copies_of_warp<0>();
         if (plain) {
             add_rows<TYPE_F16, DV, NT>(state.acc, v_room, call.v_stage, weights);
         } else if constexpr (DV % 32 == 0) {

@@ -59,8 +59,6 @@ __device__ __forceinline__ int value_dim(int i, int r, int half) {
     return first + 16 * (r / 4) + (odd ? 4 * word + e : word != 0 ? 4 * word - 2 + e : e < 2 ? e : 12 + e);
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void *at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
-
 // N bytes to shared memory, or zeros.
 template <int N, bool WHOLE_LINES>
 __device__ __forceinline__ void copy(char *to, const char *from, bool there) {
@@ -75,14 +73,6 @@ __device__ __forceinline__ void copy(char *to, const char *from, bool there) {
                      : "memory");
     }
 }
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most N of the groups of copies are not done, for the whole warp.
-template <int N>
-__device__ __forceinline__ void await_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-    __syncwarp();
-}
-
 // Brings the rows of a tile's cells, key l % 16 in lane l (-1: zeros), to rows of `stage` bytes. Four threads of a row take units
 // side by side.
 template <uint32_t TYPE, int D>
@@ -117,19 +107,6 @@ __device__ __forceinline__ void copy_rows(char *to, uint32_t stage, const char *
             }
         }
     }
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t (&a)[4], uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                 : "r"(at)
-                 : "memory");
-}
-__device__ __forceinline__ void load_transposed(uint32_t (&a)[4], uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                 : "r"(at)
-                 : "memory");
 }
 
 // As mma, of BF16.

@@ -10,12 +10,10 @@ constexpr int THREADS = 128, TILE_THREADS = 1024;
 constexpr int STAGE = 64;
 
 __device__ __forceinline__ void copy_16(void *to, const void *from, bool there) {
-    const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    const uint32_t at = shared_address(to);
     // Without a source the bytes are zero.
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
 // The runs of clusters that a group is compared with, one after the other.
 struct Runs {
@@ -88,7 +86,7 @@ __device__ void assign(const Kmeans &call) {
     float best[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
     uint32_t place[4] = {};
     for (uint32_t s = 0; s < n_stage; ++s) {
-        await_copies();
+        await_copies<0>();
         __syncthreads();
         if (s + 1 < n_stage) fetch(s + 1);
         if (s + 2 < n_stage) list(s + 2);

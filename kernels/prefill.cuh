@@ -16,6 +16,7 @@ constexpr uint32_t PREFILL_RUN = 18;
 constexpr uint32_t PREFILL_STEPS = 4;
 // Sums of squares are scaled by 2^100: probabilities down to 2^-113 keep their order.
 constexpr float SQUARE_SHIFT = 100;
+constexpr int SINK_THREADS = 256;
 
 struct QueryTile {
     // -1: dense.
@@ -48,11 +49,12 @@ struct Prefill {
     float2 *partial;       // [pairs][parts][chunks][PREFILL_COLUMNS] max and sum of exp2
     float *sink_mass;      // [pairs][parts][chunks] sum of the sinks' probabilities
     uint32_t *units;       // [pairs, then dense ones, + 1] steps of all panels before a pair's
-    float *state;          // [2 n_block][PREFILL_COLUMNS][D]
+    float *state;          // [2 n_block][PREFILL_COLUMNS][head_dim_v]
     float2 *norms;         // [2 n_block][PREFILL_COLUMNS] max and sum
+    half *sink_keys;       // [MAX_BOUND][n_head_kv][SINK_TILES * TILE][D] in the basis of the index; null: the cache has them so
 };
 
-constexpr int PREFILL_BYTES = CALL_BYTES + 152;
+constexpr int PREFILL_BYTES = CALL_BYTES + 160;
 static_assert(sizeof(Prefill) == PREFILL_BYTES && sizeof(QueryTile) == 16);
 
 // A pair of this part of the call.
@@ -75,6 +77,11 @@ __device__ __forceinline__ uint32_t pairs_of(const Prefill &p) { return (p.own_s
 
 __device__ __forceinline__ uint32_t parts_of(const Prefill &p, const QueryTile &tile) {
     return (tile.n_row * p.call.group + PREFILL_COLUMNS - 1) / PREFILL_COLUMNS;
+}
+
+// Row of a KV head's first sink among `sink_keys`.
+__device__ __forceinline__ uint64_t sink_row(const Prefill &p, uint32_t bound, uint32_t head_kv) {
+    return (static_cast<uint64_t>(bound) * p.call.n_head_kv + head_kv) * (SINK_TILES * TILE);
 }
 
 // Cells always attended.

@@ -1,4 +1,4 @@
-// Attend on compute capability 9.0: four warps fetch, two groups of four warps multiply, 64 columns each. Fetched stages go round
+// Attend of F16 on compute capability 9.0: four warps fetch, two groups of four warps multiply, 64 columns each. Fetched stages go round
 // in shared memory: `full` tells the groups that one is there, `empty` the fetching warps that it is no longer read.
 #pragma once
 
@@ -135,7 +135,8 @@ __device__ __forceinline__ void multiply_panels(const Prefill &p, uint32_t begin
         }
         // What the last segment left is no longer read.
         meet(2 + group);
-        load_queries<128, D>(p, head_kv, at.tile, at.part, base, first_column, first_column + 64, thread, 1.0f, [](int, int, float4 &) {});
+        load_queries<128, D>(p, head_kv, at.tile, at.part, base, first_column, first_column + 64, thread, 1.0f, 0,
+                             [](int, int, Quads<D> &) {});
         if (thread < 64) rows[first_column + thread] = row_of(p, at.tile, at.part, first_column + thread);
         meet(2 + group);
         const uint32_t always_steps = steps_of(always_of(p, at.tile));

@@ -1,5 +1,5 @@
 // Matrix products of a prefill, over tiles in shared memory: rows of D F16 numbers, in panels of 64 numbers (128 bytes) whose
-// chunks of 16 bytes are permuted by the row, which is what wgmma calls a swizzle of 128 bytes. `Portable` is for every GPU from
+// chunks of 16 bytes are permuted by the row, which is what wgmma calls a swizzle of 128 bytes. `Warps` is for every GPU from
 // compute capability 8.0 on, `Hopper` for 9.0 alone. Both leave row r of a warp's 16 (and r + 8) to thread (r, c) = (lane / 4,
 // lane % 4), and of each 8 keys or dimensions numbers 2c and 2c + 1.
 #pragma once
@@ -10,38 +10,20 @@
 
 namespace squeeze {
 
+// Numbers that a row of D takes there: whole panels.
+template <int D>
+constexpr int PADDED = (D + 63) / 64 * 64;
+
 // Address of a chunk of 16 bytes of a row of a tile of ROWS rows at `base`.
 template <int ROWS>
 __device__ __forceinline__ uint32_t chunk_at(uint32_t base, int row, int chunk) {
     return base + chunk / 8 * (ROWS * 128) + row * 128 + ((chunk ^ row) & 7) * 16;
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void *at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
-
 // Copies 16 bytes from global to shared memory while the thread goes on; zeros unless `there`.
 __device__ __forceinline__ void copy_chunk(uint32_t to, const void *from, bool there) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// All but the last N groups have arrived.
-template <int N>
-__device__ __forceinline__ void await_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(at)
-                 : "memory");
-}
-__device__ __forceinline__ void load_transposed(uint32_t (&m)[4], uint32_t at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(at)
-                 : "memory");
-}
-
 // Queries as the left side of a product: 16 rows by 16 numbers each, in registers, or in shared memory until they are wanted.
 template <int MT, int D>
 struct Held {
@@ -109,16 +91,17 @@ struct SquaresInShared : InShared<MT, D> {
     }
 };
 
-// Four warps of 32 rows.
-struct Portable {
-    static constexpr int THREADS = 128, MT = 2, ALIGNMENT = 1;
+// Warps of 16 M rows, for every GPU.
+template <int M>
+struct Warps {
+    static constexpr int MT = M, THREADS = 256 / M, ALIGNMENT = 1;
     // Queries of a lookup without and with squares, and these.
     template <int D, bool DIAG>
-    using Queries = std::conditional_t<DIAG, InShared<MT, D>, Held<MT, D>>;
+    using Queries = std::conditional_t<DIAG || (D > 128), InShared<MT, D>, Held<MT, D>>;
     template <int D>
     using Squares = SquaresInShared<MT, D>;
 
-    __device__ static __forceinline__ int first_row() { return threadIdx.x / 32 * 32; }
+    __device__ static __forceinline__ int first_row() { return threadIdx.x / 32 * (16 * M); }
     // Is there work for the warp, with so many columns?
     __device__ static __forceinline__ bool works(uint32_t columns) { return static_cast<uint32_t>(first_row()) < columns; }
     // What this thread has written is there for the tensor cores, once all threads have met.
@@ -134,7 +117,9 @@ struct Portable {
             for (int t = 0; t < 8; ++t)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) s[m][t][e] = 0;
-#pragma unroll
+        // Queries in registers want all; of long ones in shared memory the addresses alone would fill the registers.
+        constexpr int AT_ONCE = D > 128 ? 4 : D / 16;
+#pragma unroll AT_ONCE
         for (int kk = 0; kk < D / 16; ++kk) {
             uint32_t a[MT][4];
 #pragma unroll
@@ -169,6 +154,7 @@ struct Portable {
             }
     }
 };
+using Portable = Warps<2>;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define SQZ_ACC(A, I) "+f"(A[I][0]), "+f"(A[I][1]), "+f"(A[I][2]), "+f"(A[I][3])
@@ -260,25 +246,74 @@ struct Hopper {
 };
 #endif
 
-// Columns `from` to `to` of a panel's queries to shared memory, times the scale and `factor`, by THREADS threads of which this is
-// `thread`. `look` is given the columns' numbers, four per thread, and may change them.
+// A row of D numbers in the lanes that share it, four at a time: number 4 (lane + LANES j) + e in place e of part j.
+template <int D>
+struct Quads {
+    static constexpr int LANES = D <= 64 ? 16 : 32, N = (D + 4 * LANES - 1) / (4 * LANES);
+    float4 x[N];
+
+    __device__ static __forceinline__ bool there(int lane, int j) { return D % (4 * LANES) == 0 || 4 * (lane + LANES * j) < D; }
+
+    template <typename F>
+    __device__ __forceinline__ void each(F f) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) x[j] = {f(x[j].x), f(x[j].y), f(x[j].z), f(x[j].w)};
+    }
+    // Each block's product with the Hadamard matrix, its own inverse: from the basis of a cache to that of the index. By whole warps.
+    __device__ __forceinline__ void turn(uint32_t block, int lane) {
+        if (block < 4) return;
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const float4 v = {x[j].x + x[j].y, x[j].x - x[j].y, x[j].z + x[j].w, x[j].z - x[j].w};
+            x[j] = {v.x + v.z, v.y + v.w, v.x - v.z, v.y - v.w};
+        }
+        for (uint32_t d = 1; d < min(block / 4, static_cast<uint32_t>(LANES)); d *= 2)
+            each([&](float own) {
+                const float other = __shfl_xor_sync(ALL, own, d);
+                return lane & d ? other - own : own + other;
+            });
+        if constexpr (N == 2) {
+            if (block > 4 * LANES) {
+                const float4 a = x[0], b = x[1];
+                x[0] = {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+                x[1] = {a.x - b.x, a.y - b.y, a.z - b.z, a.w - b.w};
+            }
+        }
+        const float factor = rsqrtf(static_cast<float>(block));
+        each([&](float own) { return own * factor; });
+    }
+};
+
+// Columns `from` to `to` of a panel's queries to shared memory, times the scale and `factor`, blocks of `block` of their numbers (0: none)
+// turned, by THREADS threads of which this is `thread`. `look` is given the columns' numbers and may change them.
 template <int THREADS, int D, typename Look>
 __device__ __forceinline__ void load_queries(const Prefill &p, uint32_t head_kv, const QueryTile &tile, uint32_t part, unsigned char *q,
-                                             int from, int to, int thread, float factor, Look look) {
-    constexpr int LANES = D / 4, ROWS = THREADS / LANES;
+                                             int from, int to, int thread, float factor, uint32_t block, Look look) {
+    constexpr int LANES = Quads<D>::LANES, ROWS = THREADS / LANES, AT_ONCE = 8 / Quads<D>::N;
     const Call &call = p.call;
     const int lane = thread % LANES;
     const float scale = call.scale * factor;
-#pragma unroll 8
+#pragma unroll AT_ONCE
     for (int column = from + thread / LANES; column < to; column += ROWS) {
         const uint32_t row = row_of(p, tile, part, column);
-        float4 own = {0, 0, 0, 0};
-        if (row != ALL) own = reinterpret_cast<const float4 *>(query_of(call, row, head_of(p, head_kv, part, column)))[lane];
-        own = {own.x * scale, own.y * scale, own.z * scale, own.w * scale};
+        const float4 *query = nullptr;
+        if (row != ALL) query = reinterpret_cast<const float4 *>(query_of(call, row, head_of(p, head_kv, part, column)));
+        Quads<D> own;
+#pragma unroll
+        for (int j = 0; j < Quads<D>::N; ++j) {
+            own.x[j] = {0, 0, 0, 0};
+            if (row != ALL && own.there(lane, j)) own.x[j] = query[lane + LANES * j];
+        }
+        own.turn(block, lane);
+        own.each([&](float x) { return x * scale; });
         look(column, lane, own);
-        // Chunks begin at the tile's start, whose address is a multiple of 16 bytes.
-        unsigned char *at = q + chunk_at<PREFILL_COLUMNS>(0, column, lane / 2) + lane % 2 * 8;
-        *reinterpret_cast<uint2 *>(at) = {pack(own.x, own.y), pack(own.z, own.w)};
+#pragma unroll
+        for (int j = 0; j < Quads<D>::N; ++j) {
+            if (!own.there(lane, j)) continue;
+            // Chunks begin at the tile's start, whose address is a multiple of 16 bytes.
+            unsigned char *at = q + chunk_at<PREFILL_COLUMNS>(0, column, (lane + LANES * j) / 2) + lane % 2 * 8;
+            *reinterpret_cast<uint2 *>(at) = {pack(own.x[j].x, own.x[j].y), pack(own.x[j].z, own.x[j].w)};
+        }
     }
 }
 

@@ -14,7 +14,6 @@ constexpr int SEEN_WARPS = 8;
 __device__ __forceinline__ bool shown(half m) { return (__half_as_ushort(m) & 0x7fff) == 0; }
 
 // Are the guard's keys and a sample of all rows still there? As in the lookup of decode.
-template <int D>
 __device__ void check_binding(const Prefill &p, uint32_t z, uint32_t block) {
     const Call &call = p.call;
     const Bound &bound = call.bound[z];
@@ -23,18 +22,18 @@ __device__ void check_binding(const Prefill &p, uint32_t z, uint32_t block) {
     int changed = 0;
     if (bound.valid != nullptr) changed = *bound.valid == 0;
     if (block == 0 && bound.guard != nullptr) {
-        const uint32_t words = D / 2, cell = min(bound.guard_cell, call.n_kv - 1);
-        const uint32_t *was = reinterpret_cast<const uint32_t *>(bound.guard);
+        const uint32_t words = call.k_bytes / 2, cell = min(bound.guard_cell, call.n_kv - 1);
+        const uint16_t *was = reinterpret_cast<const uint16_t *>(bound.guard);
         for (uint32_t i = threadIdx.x; i < call.n_head_kv * words; i += blockDim.x) {
             const char *row = keys_of(call, bound.stream, i / words) + cell * call.k.nb1;
-            changed |= reinterpret_cast<const uint32_t *>(row)[i % words] != was[i];
+            changed |= reinterpret_cast<const uint16_t *>(row)[i % words] != was[i];
         }
     }
     if (bound.digests != nullptr && to > from) {
         const uint32_t turn = bound.turns[block] % (to - from);
         for (uint32_t i = threadIdx.x / 32; i < SAMPLE; i += CHECK_THREADS / 32) {
             const uint32_t t = from + (turn + i) % (to - from), cell = cell_of(bound, t);
-            if (cell < call.n_kv) changed |= digest_of<D>(call, bound, t, cell) != bound.digests[t];
+            if (cell < call.n_kv) changed |= digest_any(call, bound, t, cell) != bound.digests[t];
         }
         __syncthreads();
         if (threadIdx.x == 0) bound.turns[block] = turn + SAMPLE;
@@ -70,12 +69,13 @@ __device__ bool hides(const Call &call, const Bound &bound, const half *mask) {
     return __syncthreads_or(hidden) != 0;
 }
 
+}  // namespace
+
 // Grid: (CHECK_BLOCKS * n_bound + n_row).
-template <int D>
-__device__ void check(const Prefill &p) {
+extern "C" __global__ void __launch_bounds__(CHECK_THREADS) prefill_check(const __grid_constant__ Prefill p) {
     const Call &call = p.call;
     const uint32_t blocks = CHECK_BLOCKS * call.n_bound;
-    if (blockIdx.x < blocks) return check_binding<D>(p, blockIdx.x / CHECK_BLOCKS, blockIdx.x % CHECK_BLOCKS);
+    if (blockIdx.x < blocks) return check_binding(p, blockIdx.x / CHECK_BLOCKS, blockIdx.x % CHECK_BLOCKS);
     const uint32_t row = blockIdx.x - blocks;
     const int32_t own = call.rows[row];
     const half *mask = mask_of(call, row);
@@ -96,6 +96,8 @@ __device__ void check(const Prefill &p) {
     }
     if (threadIdx.x == 0) p.hidden[row] = hidden, p.follows[row] = follows;
 }
+
+namespace {
 
 // Sums, maxima and minima over the threads before or after one's own.
 struct Scan {
@@ -141,9 +143,6 @@ struct Scan {
 };
 
 }  // namespace
-
-extern "C" __global__ void __launch_bounds__(CHECK_THREADS) prefill_check_64(const __grid_constant__ Prefill p) { check<64>(p); }
-extern "C" __global__ void __launch_bounds__(CHECK_THREADS) prefill_check_128(const __grid_constant__ Prefill p) { check<128>(p); }
 
 // Tiles of the whole call. Runs of rows of one stream, binding and sequence are cut as on the CPU: the last row alone, the
 // others into as few tiles as there can be; short runs into single rows. Rows past the last slot are dense. One block.

@@ -1,5 +1,6 @@
 //! `sqz random-model`: a GGUF of a given shape with random weights, to measure speed where no such model can be had. A llama in
-//! Q4_0 with a byte vocabulary, that any llama.cpp loads; what it says means nothing.
+//! Q4_0, that any llama.cpp loads, with a vocabulary of bytes and of words of four letters: a text of such words has as many
+//! tokens, most of which occur once. What it says means nothing.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -263,6 +264,22 @@ impl Head {
     }
 }
 
+/// Piece `i` of the `n` that follow the bytes: pairs of letters, the same behind a space, and words of two pairs behind a space. All
+/// scores are equal, so llama.cpp merges from left to right: a word's first pair, the space with it, the second pair, the word.
+fn piece(i: u32, n: u32) -> String {
+    const LETTERS: u32 = 26;
+    // As few pairs as leave no piece without a word.
+    let n_pair = (1..LETTERS * LETTERS).find(|p| p * (p + 2) >= n).unwrap_or(LETTERS * LETTERS);
+    let pair = |k: u32| -> String { [k / LETTERS, k % LETTERS].iter().map(|c| char::from(b'a' + *c as u8)).collect() };
+    let word = i.saturating_sub(2 * n_pair);
+    match i / n_pair {
+        0 => pair(i),
+        1 => format!("\u{2581}{}", pair(i - n_pair)),
+        _ if word < n_pair * n_pair => format!("\u{2581}{}{}", pair(word / n_pair), pair(word % n_pair)),
+        _ => format!("[{i}]"),
+    }
+}
+
 fn metadata(head: &mut Head, sizes: &Sizes) {
     let n = sizes.n_vocab;
     head.str("general.architecture", "llama");
@@ -287,7 +304,7 @@ fn metadata(head: &mut Head, sizes: &Sizes) {
             1 => "<s>".to_string(),
             2 => "</s>".to_string(),
             3..LEAST_VOCAB => format!("<0x{:02X}>", i - 3),
-            _ => format!("[{i}]"),
+            _ => piece(i - LEAST_VOCAB, n - LEAST_VOCAB),
         });
     }
     head.array("tokenizer.ggml.scores", 6, n);
@@ -310,6 +327,8 @@ fn metadata(head: &mut Head, sizes: &Sizes) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     #[test]
@@ -325,6 +344,14 @@ mod tests {
         }
         let (mean, variance) = (sum as f64 / n as f64, square as f64 / n as f64);
         assert!(mean.abs() < 0.05 && (variance - 17.5).abs() < 0.3, "mean {mean}, variance {variance}");
+    }
+
+    #[test]
+    fn no_piece_comes_twice() {
+        for n in [1, 2, 3, 4, 253, 31741, 127997, 458329, 458330] {
+            let pieces: HashSet<String> = (0..n).map(|i| piece(i, n)).collect();
+            assert_eq!(pieces.len(), n as usize);
+        }
     }
 
     #[test]

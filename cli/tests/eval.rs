@@ -153,6 +153,17 @@ fn an_interrupted_run_goes_on_and_ends_as_one_that_was_not() {
     assert!(!stderr(&again).contains("eval"), "{}", stderr(&again));
     let path: PathBuf = folder.path().join("parts.jsonl");
     assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), lines);
+    // So are the halves of two runs, one after the other.
+    let half = |part: &str| {
+        let (path, args) = given(&format!("{}.html", part.replace('/', "-")));
+        run(&args, &["--part", part]);
+        std::fs::read_to_string(path.with_extension("jsonl")).unwrap()
+    };
+    let (both, of_both) = given("both.html");
+    std::fs::write(both.with_extension("jsonl"), half("1/2") + &half("2/2")).unwrap();
+    let said = run(&of_both, &[]);
+    assert!(!stderr(&said).contains("eval"), "{}", stderr(&said));
+    same(&whole["results"], &read(&both.with_extension("json"))["results"], "results of halves");
     // Another setting is another result.
     run(&args, &["--estimate"]);
     assert!(std::fs::read_to_string(&path).unwrap().lines().count() > lines);

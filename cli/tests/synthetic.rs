@@ -2,10 +2,12 @@
 
 mod common;
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use common::{plugin, program, sqz, stderr, text};
+use ggml_squeeze::random::split_mix;
 use serde_json::Value;
 use sqz::llama::{start, Context, Model, Outputs};
 
@@ -14,6 +16,29 @@ fn random_model(folder: &Path) -> PathBuf {
     let run = sqz(&["random-model", "-o", path.to_str().unwrap(), "--shape", "tiny"]);
     assert!(run.status.success(), "{}", stderr(&run));
     path
+}
+
+#[test]
+fn each_word_of_a_text_is_a_token() {
+    let folder = tempfile::tempdir().unwrap();
+    start(false).unwrap();
+    // words come last, behind bytes and pairs
+    for (n_vocab, n_word) in [("512", 223), ("32000", 31385)] {
+        let path = folder.path().join(n_vocab);
+        let sizes = ["--layers", "1", "--head-dim", "32", "--ff", "32", "--vocab", n_vocab];
+        let run = sqz(&[&["random-model", "-o", path.to_str().unwrap()], &sizes[..]].concat());
+        assert!(run.status.success(), "{}", stderr(&run));
+        let model = Model::load(&path).unwrap();
+        let mut state = 1;
+        let ids: Vec<i32> =
+            (0..8192).map(|_| model.n_vocab() as i32 - 1 - (split_mix(&mut state) % n_word) as i32).collect();
+        let text = model.text(&ids);
+        let words: Vec<&str> = text.split_whitespace().collect();
+        assert!(words.len() == ids.len() && words.iter().all(|w| w.len() == 4), "{}", &text[..40]);
+        assert_eq!(model.tokenise(&words.join(" "), true).unwrap(), [&[1], &ids[..]].concat());
+        let n_distinct = words.iter().collect::<HashSet<_>>().len();
+        assert!(n_distinct > 7000 || n_distinct as u64 == n_word, "{n_distinct} of {n_word}");
+    }
 }
 
 /// `sqz bench` on a synthetic index.

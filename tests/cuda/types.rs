@@ -4,10 +4,10 @@ use super::*;
 use ggml_squeeze::attention::cuda::HEAD_SIZES;
 use half::bf16;
 
-const TYPES: [Element; 4] = [Element::F16, Element::BF16, Element::Q8_0, Element::Q4_0];
+pub const TYPES: [Element; 4] = [Element::F16, Element::BF16, Element::Q8_0, Element::Q4_0];
 
 /// A type, or F16 where heads are not whole blocks of it.
-fn whole(element: Element, d: usize) -> Element {
+pub fn whole(element: Element, d: usize) -> Element {
     if d.is_multiple_of(element.block()) {
         element
     } else {
@@ -16,7 +16,7 @@ fn whole(element: Element, d: usize) -> Element {
 }
 
 /// 0, or a power of two that divides a head.
-fn block(n: usize, d: usize) -> usize {
+pub fn block(n: usize, d: usize) -> usize {
     match n {
         0 => 0,
         n => 1 << n.min(d.trailing_zeros() as usize),

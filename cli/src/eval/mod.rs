@@ -114,6 +114,10 @@ pub struct EvalArgs {
     /// Forget the results of earlier runs
     #[arg(long, requires = "output")]
     fresh: bool,
+    /// Measure one of N parts of the questions alone, so that N processes do them all: the lines of their .jsonl files together are those
+    /// of a run without --part
+    #[arg(long, value_name = "I/N", value_parser = part, requires = "output")]
+    part: Option<(usize, usize)>,
     /// Stop after about so many minutes; the same command goes on
     #[arg(long, value_name = "N", requires = "output")]
     minutes: Option<f64>,
@@ -123,6 +127,12 @@ pub struct EvalArgs {
     /// One JSON object on stdout instead of tables
     #[arg(long)]
     json: bool,
+}
+
+/// A part, counted from 1, and the number of parts.
+fn part(text: &str) -> Result<(usize, usize), String> {
+    let numbers = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+    numbers.filter(|(i, n)| (1..=*n).contains(i)).ok_or_else(|| "not a part such as 2/8".into())
 }
 
 impl EvalArgs {
@@ -202,7 +212,8 @@ fn measure(
 ) -> Result<bool> {
     let is_missing =
         |k: &&Keyed| k.outcomes.iter().any(|o| store.outcome(o).is_none()) || store.reference(&k.reference).is_none();
-    let missing: Vec<&Keyed> = keyed.iter().filter(is_missing).collect();
+    let (own, n_part) = args.part.unwrap_or((1, 1));
+    let missing: Vec<&Keyed> = keyed.iter().skip(own - 1).step_by(n_part).filter(is_missing).collect();
     if missing.is_empty() {
         return Ok(true);
     }

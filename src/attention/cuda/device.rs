@@ -59,7 +59,7 @@ pub struct Device {
     pub(super) attends: Mutex<Vec<Attend>>,
     /// By keys, and by mass.
     pub(super) select_tile: [[sys::CUfunction; 2]; params::SELECT_TILE.len()],
-    /// Those of a prefill, loaded at first need.
+    /// What all prefills need, loaded at first need.
     prefill: OnceLock<prefill::Kernels>,
     /// Can a kernel start while the one before it ends? Those built for compute capability 9.0 and later do; PTX for 8.0 does
     /// not, whatever GPU it runs on.
@@ -260,7 +260,7 @@ impl Device {
         Ok(())
     }
 
-    /// The kernels of a prefill; when they cannot be loaded the next call tries again.
+    /// What all prefills need; when that cannot be loaded the next call tries again.
     ///
     /// # Errors
     /// They cannot be loaded.
@@ -268,28 +268,8 @@ impl Device {
         if let Some(kernels) = self.prefill.get() {
             return Ok(kernels);
         }
-        self.enter()?;
-        let mut loaded = Vec::new();
-        let mut load = |image: &'static [u8]| {
-            // SAFETY: a whole fatbin, built in; unloaded below or in drop.
-            let module = unsafe { result::module::load_data(image.as_ptr().cast()) }
-                .map_err(Error::driver("load the kernels"))?;
-            loaded.push(module);
-            Ok(module)
-        };
-        let mut modules = || Ok([load(PREFILL_PLAN)?, load(PREFILL_LOOKUP)?, load(PREFILL_ATTEND)?]);
-        let made = modules().and_then(|modules| prefill::Kernels::new(modules, self.n_sm));
-        match made {
-            Ok(kernels) => {
-                self.modules.lock().unwrap_or_else(|e| e.into_inner()).extend(loaded);
-                Ok(self.prefill.get_or_init(|| kernels))
-            }
-            Err(error) => {
-                // SAFETY: loaded above, and nothing is launched from them.
-                loaded.into_iter().for_each(|module| _ = unsafe { result::module::unload(module) });
-                Err(error)
-            }
-        }
+        let made = prefill::Kernels::new(self)?;
+        Ok(self.prefill.get_or_init(|| made))
     }
 
     /// Puts a kernel on a stream. `early`: it may start while the one before it ends, where the GPU can.

@@ -73,11 +73,19 @@ impl Attend {
     }
 }
 
-/// Are there kernels for these types and head sizes?
-pub(super) fn exist(p: &Problem) -> bool {
+/// There are kernels for these types and head sizes.
+///
+/// # Errors
+/// There are none.
+pub(super) fn demand(p: &Problem) -> Result<(), Error> {
     let whole = |element: Element, d: usize| element != Element::F32 && d.is_multiple_of(element.block());
     let (dk, dv) = (p.k.ne[0], p.v.ne[0]);
-    HEAD_SIZES.contains(&(dk, dv)) && whole(p.k_type, dk) && whole(p.v_type, dv)
+    let exist = HEAD_SIZES.contains(&(dk, dv)) && whole(p.k_type, dk) && whole(p.v_type, dv);
+    (exist && p.q.ne[0] == dk).then_some(()).ok_or_else(|| Error::Unsupported {
+        what: "the types and head sizes of K and V",
+        got: format!("{} of {dk} and {} of {dv}", p.k_type.name(), p.v_type.name()),
+        want: "f16, bf16, q8_0 or q4_0 of 64, 80, 96, 112, 128, 192 or 256, 192 and 128, or 96 and 64",
+    })
 }
 
 /// Bytes that rows of K or V must lie on multiples of: what is copied at a time.
@@ -91,7 +99,7 @@ fn is_plain(p: &Problem) -> bool {
 }
 
 impl Device {
-    /// The lookup kernels of a call that `exist`s. Not while a graph is captured.
+    /// The lookup kernels of a call that passes `demand`. Not while a graph is captured.
     ///
     /// # Errors
     /// The driver refuses.
@@ -118,7 +126,7 @@ impl Device {
         Ok(made)
     }
 
-    /// The attend kernels of a call that `exist`s. Not while a graph is captured.
+    /// The attend kernels of a call that passes `demand`. Not while a graph is captured.
     ///
     /// # Errors
     /// The driver refuses.

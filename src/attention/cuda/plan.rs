@@ -79,13 +79,7 @@ fn check(call: &Call<'_>) -> Result<(), Error> {
     let [d, n_query, n_head, n_stream] = p.q.ne;
     let [_, n_kv, n_head_kv, _] = p.k.ne;
     let dv = p.v.ne[0];
-    let sizes = || format!("{} of {d} and {} of {dv}", p.k_type.name(), p.v_type.name());
-    demand(
-        "the types and head sizes of K and V",
-        kinds::exist(p) && p.k.ne[0] == d,
-        sizes(),
-        "f16, bf16, q8_0 or q4_0 of 64, 80, 96, 112, 128, 192 or 256, 192 and 128, or 96 and 64",
-    )?;
+    kinds::demand(p)?;
     let fits = hadamard::fits(call.rotation.k, d) && hadamard::fits(call.rotation.v, dv);
     demand("the basis of K and V", fits, format!("{:?}", call.rotation), "blocks that heads are made of")?;
     demand("ALiBi's max_bias", p.max_bias == 0.0 || call.bounds.is_empty(), p.max_bias, "none beside bindings")?;

@@ -1,47 +1,81 @@
-//! The kernels of a prefill on one GPU.
+//! The kernels of a prefill on one GPU: those that all calls share, and those for some types and head sizes, loaded when a call first
+//! wants them.
 
 use std::ffi::{c_int, CString};
+use std::sync::{Mutex, PoisonError};
 
 use cudarc::driver::{result, sys};
 
-use super::super::Error;
-use super::params::{Path, HOPPER, PORTABLE};
-use super::DIMS;
+use super::super::device::*;
+use super::super::params::HEAD_DIMS_V;
+use super::super::{Device, Error, HEAD_SIZES};
+use super::params::{portable_attend, LookupPath, HOPPER_ATTEND, HOPPER_LOOKUP, PORTABLE_LOOKUP};
+use crate::attention::{Element, Problem};
 
-/// A kernel with what it takes of a block's shared memory, and how many of its blocks the whole GPU runs at once.
+/// Files of lookup by head size of the keys.
+const LOOKUPS: [(usize, &[u8]); 7] = [
+    (64, PREFILL_LOOKUP_64),
+    (80, PREFILL_LOOKUP_80),
+    (96, PREFILL_LOOKUP_96),
+    (112, PREFILL_LOOKUP_112),
+    (128, PREFILL_LOOKUP_128),
+    (192, PREFILL_LOOKUP_192),
+    (256, PREFILL_LOOKUP_256),
+];
+
+/// Files of attend, as `HEAD_SIZES`.
+const ATTENDS: [&[u8]; HEAD_SIZES.len()] = [
+    PREFILL_ATTEND_64_64,
+    PREFILL_ATTEND_80_80,
+    PREFILL_ATTEND_96_64,
+    PREFILL_ATTEND_96_96,
+    PREFILL_ATTEND_112_112,
+    PREFILL_ATTEND_128_128,
+    PREFILL_ATTEND_192_128,
+    PREFILL_ATTEND_192_192,
+    PREFILL_ATTEND_256_256,
+];
+
+/// A kernel with its threads, what it takes of a block's shared memory, and how many of its blocks the whole GPU runs at once.
 #[derive(Clone, Copy)]
 pub(super) struct Kernel {
-    pub function: sys::CUfunction,
+    pub function: Function,
+    pub threads: usize,
     pub bytes: usize,
     pub blocks: usize,
 }
 
-// SAFETY: a handle of the driver, which any thread may use.
-unsafe impl Send for Kernel {}
-// SAFETY: as above.
-unsafe impl Sync for Kernel {}
+/// Lookup without and with the spread by dimension: sums, squares, mass. `None`: blocks of this GPU do not have the shared memory.
+type Passes = [[Option<Kernel>; 3]; 2];
 
-/// Kernels of one head size on one path; `None`: blocks of this GPU do not have the shared memory.
-pub(super) struct PathKernels {
-    pub path: Path,
-    pub attend: Option<Kernel>,
-    /// Without and with the spread by dimension: sums, squares, mass.
-    pub lookup: [[Option<Kernel>; 3]; 2],
+#[derive(Clone, Copy)]
+pub(super) struct Lookup {
+    dk: usize,
+    pub sinks: Function,
+    pub portable: Passes,
+    /// For this GPU's architecture alone, where there are such.
+    pub own: Option<Passes>,
 }
 
-pub(super) struct HeadKernels {
-    pub check: sys::CUfunction,
-    pub merge: sys::CUfunction,
-    /// The one for every GPU, and the one for this GPU's architecture where there is one.
-    pub paths: Vec<PathKernels>,
+/// Attend of the head sizes, for every type; and for F16 on this GPU's architecture alone, where there is such.
+#[derive(Clone, Copy)]
+pub(super) struct Attend {
+    sizes: (usize, usize),
+    f16: bool,
+    pub portable: Option<Kernel>,
+    pub own: Option<Kernel>,
 }
 
 /// All of them.
 pub(in super::super) struct Kernels {
-    pub(super) plan: sys::CUfunction,
-    pub(super) seen: sys::CUfunction,
-    pub(super) share: sys::CUfunction,
-    pub(super) heads: [HeadKernels; DIMS.len()],
+    pub(super) check: Function,
+    pub(super) plan: Function,
+    pub(super) seen: Function,
+    pub(super) share: Function,
+    /// By `HEAD_DIMS_V`.
+    merge: [Function; HEAD_DIMS_V.len()],
+    lookups: Mutex<Vec<Lookup>>,
+    attends: Mutex<Vec<Attend>>,
 }
 
 /// A kernel of a module; `None` where the build has none of that name.
@@ -55,59 +89,100 @@ fn find(module: sys::CUmodule, name: &str) -> Result<Option<sys::CUfunction>, Er
     }
 }
 
-fn must(module: sys::CUmodule, name: &str) -> Result<sys::CUfunction, Error> {
-    let missing = || Error::Driver { what: "find a kernel", code: name.to_string() };
-    find(module, name)?.ok_or_else(missing)
-}
-
-fn kernel(function: sys::CUfunction, threads: usize, bytes: usize, n_sm: usize) -> Result<Option<Kernel>, Error> {
+fn kernel(device: &Device, function: sys::CUfunction, threads: usize, bytes: usize) -> Result<Option<Kernel>, Error> {
     let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
     // SAFETY: a function just found; a number that is too large is refused.
     if unsafe { sys::cuFuncSetAttribute(function, attribute, bytes as c_int) }.result().is_err() {
         return Ok(None);
     }
-    // SAFETY: as above.
-    let per_sm = unsafe { result::occupancy::max_active_block_per_multiprocessor(function, threads as c_int, bytes) }
-        .map_err(Error::driver("tell a kernel's occupancy"))?;
-    Ok((per_sm > 0).then_some(Kernel { function, bytes, blocks: n_sm * per_sm as usize }))
+    let blocks = device.blocks(function, threads, bytes)?;
+    Ok((blocks > 0).then_some(Kernel { function: Function(function), threads, bytes, blocks }))
 }
 
 impl Kernels {
-    /// From modules that are loaded, for a GPU of so many multiprocessors.
+    /// Those that all calls share.
     ///
     /// # Errors
     /// A kernel is missing, or the driver refuses.
-    pub(in super::super) fn new([plan, lookup, attend]: [sys::CUmodule; 3], n_sm: usize) -> Result<Kernels, Error> {
-        let path = |path: Path, d: usize| -> Result<Option<PathKernels>, Error> {
-            let Some(found) = find(attend, &format!("prefill_attend_{d}{}", path.suffix))? else { return Ok(None) };
-            let mut own = PathKernels {
-                attend: kernel(found, path.attend_threads, path.attend_bytes(d), n_sm)?,
-                lookup: [[None; 3]; 2],
-                path,
-            };
-            for (diag, kinds) in own.lookup.iter_mut().enumerate() {
+    pub(in super::super) fn new(device: &Device) -> Result<Kernels, Error> {
+        let [plan, merge] = [device.load(PREFILL_PLAN)?, device.load(PREFILL_MERGE)?];
+        let of = |name: &str| Ok(Function(function(plan, name)?));
+        let mut merges = [Function(std::ptr::null_mut()); HEAD_DIMS_V.len()];
+        for (to, d) in merges.iter_mut().zip(HEAD_DIMS_V) {
+            *to = Function(function(merge, &format!("prefill_merge_{d}"))?);
+        }
+        Ok(Kernels {
+            check: of("prefill_check")?,
+            plan: of("prefill_plan")?,
+            seen: of("prefill_seen")?,
+            share: of("prefill_share")?,
+            merge: merges,
+            lookups: Mutex::default(),
+            attends: Mutex::default(),
+        })
+    }
+
+    /// The merge kernel for values of a head size.
+    pub(super) fn merge_for(&self, dv: usize) -> Function {
+        self.merge[HEAD_DIMS_V.iter().position(|d| *d == dv).expect("checked before")]
+    }
+
+    /// For keys of a head size that there are kernels for. Not while a graph is captured.
+    ///
+    /// # Errors
+    /// A kernel is missing, or the driver refuses.
+    pub(super) fn lookup(&self, device: &Device, dk: usize) -> Result<Lookup, Error> {
+        let mut all = self.lookups.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = all.iter().find(|l| l.dk == dk) {
+            return Ok(*found);
+        }
+        let image = LOOKUPS.iter().find(|l| l.0 == dk).expect("checked before").1;
+        let module = device.load(image)?;
+        let passes = |path: LookupPath| -> Result<Option<Passes>, Error> {
+            let mut of: Passes = [[None; 3]; 2];
+            for (diag, kinds) in of.iter_mut().enumerate() {
                 for (to, kind) in kinds.iter_mut().zip(["sums", "squares", "mass"]) {
-                    let spread = ["", "_diag"][diag];
-                    let found = must(lookup, &format!("prefill_lookup_{d}{spread}{}_{kind}", path.suffix))?;
-                    let bytes = path.lookup_bytes(d, diag == 1, kind == "mass");
-                    *to = kernel(found, path.lookup_threads, bytes, n_sm)?;
+                    let name = format!("prefill_lookup_{dk}{}{}_{kind}", ["", "_diag"][diag], path.suffix);
+                    let Some(found) = find(module, &name)? else { return Ok(None) };
+                    *to = kernel(device, found, path.threads, path.bytes(dk, diag == 1, kind == "mass"))?;
                 }
             }
-            Ok(Some(own))
+            Ok(Some(of))
         };
-        let head = |d: usize| -> Result<HeadKernels, Error> {
-            let paths = [path(PORTABLE, d)?, path(HOPPER, d)?];
-            Ok(HeadKernels {
-                check: must(plan, &format!("prefill_check_{d}"))?,
-                merge: must(attend, &format!("prefill_merge_{d}"))?,
-                paths: paths.into_iter().flatten().collect(),
-            })
+        let Some(portable) = passes(PORTABLE_LOOKUP)? else {
+            return Err(Error::Driver { what: "find a kernel", code: format!("prefill_lookup_{dk}") });
         };
-        Ok(Kernels {
-            plan: must(plan, "prefill_plan")?,
-            seen: must(plan, "prefill_seen")?,
-            share: must(plan, "prefill_share")?,
-            heads: [head(DIMS[0])?, head(DIMS[1])?],
-        })
+        let sinks = Function(function(module, &format!("prefill_sinks_{dk}"))?);
+        let made = Lookup { dk, sinks, portable, own: passes(HOPPER_LOOKUP)? };
+        all.push(made);
+        Ok(made)
+    }
+
+    /// For the types and head sizes of a problem that there are kernels for. Not while a graph is captured.
+    ///
+    /// # Errors
+    /// As for `lookup`.
+    pub(super) fn attend(&self, device: &Device, p: &Problem) -> Result<Attend, Error> {
+        let (sizes, f16) = ((p.k.ne[0], p.v.ne[0]), [p.k_type, p.v_type] == [Element::F16; 2]);
+        let mut all = self.attends.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = all.iter().find(|a| (a.sizes, a.f16) == (sizes, f16)) {
+            return Ok(*found);
+        }
+        let (dk, dv) = sizes;
+        let at = HEAD_SIZES.iter().position(|known| *known == sizes).expect("checked before");
+        let path = portable_attend(dk, dv);
+        let found = function(device.load(ATTENDS[at])?, &format!("prefill_attend_{dk}_{dv}"))?;
+        let portable = kernel(device, found, path.threads, path.bytes(dk, dv))?;
+        let own = match f16 && dk == dv {
+            true => find(device.load(PREFILL_ATTEND)?, &format!("prefill_attend_{dk}"))?,
+            false => None,
+        };
+        let own = match own {
+            Some(own) => kernel(device, own, HOPPER_ATTEND.threads, HOPPER_ATTEND.bytes(dk, dv))?,
+            None => None,
+        };
+        let made = Attend { sizes, f16, portable, own };
+        all.push(made);
+        Ok(made)
     }
 }

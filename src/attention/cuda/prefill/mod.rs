@@ -11,9 +11,8 @@ use std::sync::Arc;
 
 use cudarc::driver::sys;
 
-use self::kernels::Kernel;
 pub(super) use self::kernels::Kernels;
-use self::params::{CHECK_THREADS, MERGE_BLOCKS, MERGE_THREADS, PLAN_THREADS, SEEN_THREADS};
+use self::params::{CHECK_THREADS, MERGE_BLOCKS, MERGE_THREADS, PLAN_THREADS, SEEN_THREADS, SINK_THREADS};
 use self::plan::{Part, Plan};
 use super::params::{Work, CHECK_BLOCKS, ENTRY_BYTES, MODE_MASS};
 use super::plan::demand;
@@ -23,8 +22,6 @@ use super::{Call, Device, Error, Workspace};
 pub const MAX_PREFILL_ROWS: usize = 8192;
 /// Rows of one sequence from which they are tiles, as on the CPU.
 pub const TILE_RUN: usize = 18;
-/// Head sizes (of keys and values alike).
-const DIMS: [usize; 2] = [64, 128];
 /// Blocks that share the cells that a tile may see.
 const SEEN_BLOCKS: u32 = 32;
 
@@ -36,7 +33,8 @@ const SEEN_BLOCKS: u32 = 32;
 /// of those that are too many are dense.
 #[derive(Clone, Copy)]
 pub struct PrefillCall<'a> {
-    /// As for decode, but with up to 8192 rows, without the estimate and without a coarse level, whatever its selection says.
+    /// As for decode, but with up to 8192 rows, and without a coarse level, whatever its selection says. The estimate and ALiBi are not
+    /// supported.
     pub call: Call<'a>,
     pub tile: usize,
     /// Without the kernels for this GPU's architecture alone, and so many tiles at a time (0: as many as there is memory for):
@@ -62,8 +60,8 @@ pub struct Prefill {
 }
 
 /// Stages of a call, in the order in which they run; those from `LOOKUP` on once for each part of it.
-pub const PREFILL_STAGES: [&str; 8] = ["check", "plan", "seen", "sums", "means", "select", "attend", "merge"];
-const PART_STAGE: usize = 3;
+pub const PREFILL_STAGES: [&str; 9] = ["check", "plan", "seen", "sinks", "sums", "means", "select", "attend", "merge"];
+const PART_STAGE: usize = 4;
 
 impl Prefill {
     /// Bytes of workspace that a call needs.
@@ -138,19 +136,23 @@ impl Prefill {
     unsafe fn stage(&self, stage: usize, part: &Part, stream: sys::CUstream) -> Result<(), Error> {
         let (p, plan, device) = (&part.parameters, &self.plan, &self.device);
         let kernels = device.prefill()?;
-        let head = &kernels.heads[plan.head];
         let (n_row, n_bound, n_head_kv) = (p.call.n_row, p.call.n_bound, p.call.n_head_kv);
-        let plain = |function, grid, threads| (Kernel { function, bytes: 0, blocks: 0 }, grid, threads);
-        let lookup =
-            |pass: usize| (plan.lookup[pass], [p.chunks * p.parts, p.own_slots, n_head_kv], plan.lookup_threads);
+        let lookup = |pass: usize| {
+            let kernel = plan.lookup[pass];
+            (kernel.function, [p.chunks * p.parts, p.own_slots, n_head_kv], kernel.threads, kernel.bytes)
+        };
         let by_mass = (p.call.mode == MODE_MASS) as usize;
-        let (kernel, grid, threads) = match PREFILL_STAGES[stage] {
+        let (function, grid, threads, bytes) = match PREFILL_STAGES[stage] {
             "check" if n_bound == 0 => return Ok(()),
             "sums" | "means" | "select" if p.own_slots == 0 => return Ok(()),
             "seen" if p.seen == 0 => return Ok(()),
-            "check" => plain(head.check, [CHECK_BLOCKS as u32 * n_bound + n_row, 1, 1], CHECK_THREADS),
-            "plan" => plain(kernels.plan, [1, 1, 1], PLAN_THREADS),
-            "seen" => plain(kernels.seen, [p.n_slot + p.n_dense_slot, SEEN_BLOCKS, 1], SEEN_THREADS),
+            "check" => (kernels.check, [CHECK_BLOCKS as u32 * n_bound + n_row, 1, 1], CHECK_THREADS, 0),
+            "plan" => (kernels.plan, [1, 1, 1], PLAN_THREADS, 0),
+            "seen" => (kernels.seen, [p.n_slot + p.n_dense_slot, SEEN_BLOCKS, 1], SEEN_THREADS, 0),
+            "sinks" => {
+                let Some(sinks) = plan.sinks else { return Ok(()) };
+                (sinks, [n_bound, n_head_kv, 1], SINK_THREADS, 0)
+            }
             "sums" => lookup(0),
             "means" => lookup(1 + by_mass),
             "select" => {
@@ -163,24 +165,13 @@ impl Prefill {
             }
             "attend" => {
                 // SAFETY: the kernel takes one `params::Prefill`; the rest is the caller's contract.
-                return unsafe {
-                    device.start(kernels.share, [1, 1, 1], [PLAN_THREADS, 1], p, false, stream)?;
-                    let grid = [p.n_block, 1, 1];
-                    device.start_with(
-                        plan.attend.function,
-                        grid,
-                        [plan.attend_threads, 1],
-                        plan.attend.bytes,
-                        p,
-                        false,
-                        stream,
-                    )
-                };
+                unsafe { device.start(kernels.share.0, [1, 1, 1], [PLAN_THREADS, 1], p, false, stream)? };
+                (plan.attend.function, [p.n_block, 1, 1], plan.attend.threads, plan.attend.bytes)
             }
-            _ => plain(head.merge, [p.n_block.max(2) - 1, MERGE_BLOCKS as u32, 1], MERGE_THREADS),
+            _ => (kernels.merge_for(plan.dv), [p.n_block.max(2) - 1, MERGE_BLOCKS as u32, 1], MERGE_THREADS, 0),
         };
         // SAFETY: as above.
-        unsafe { device.start_with(kernel.function, grid, [threads, 1], kernel.bytes, p, false, stream) }
+        unsafe { device.start_with(function.0, grid, [threads, 1], bytes, p, false, stream) }
     }
 
     /// The tiles of the last launch, those that select first. Waits for the device.

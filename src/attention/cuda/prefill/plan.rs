@@ -1,14 +1,16 @@
 //! Plans a prefill: what the kernels take is checked, the workspace laid out, and the tiles cut into parts that it has room
 //! for.
 
+use super::super::device::Function;
 use super::super::memory::Carver;
 use super::super::params::{self, *};
 use super::super::plan::{demand, select_for, WORKSPACE_MAX};
-use super::super::{Call, Device, Error};
+use super::super::{kinds, Call, Device, Error};
 use super::kernels::Kernel;
 use super::params::{Prefill, COLUMNS, KEYS, TILE_BYTES};
-use super::{PrefillCall, DIMS, MAX_PREFILL_ROWS};
+use super::{PrefillCall, MAX_PREFILL_ROWS};
 use crate::attention::{keys_of_share, Element, Mode, Spread};
+use crate::hadamard;
 
 /// Clusters per KV head that select takes.
 const MAX_CLUSTERS: usize = SELECT_TILE[SELECT_TILE.len() - 1].0 * SELECT_TILE[SELECT_TILE.len() - 1].1;
@@ -27,10 +29,9 @@ pub(super) struct Part {
 
 pub(super) struct Plan {
     pub parts: Vec<Part>,
-    /// Number of the head size.
-    pub head: usize,
-    pub lookup_threads: usize,
-    pub attend_threads: usize,
+    pub dv: usize,
+    /// Where the cache does not have the sinks as the index has its centroids.
+    pub sinks: Option<Function>,
     pub attend: Kernel,
     /// Sums, squares, mass.
     pub lookup: [Kernel; 3],
@@ -50,10 +51,10 @@ fn check(call: &Call<'_>, tile: usize) -> Result<(), Error> {
     let p = &call.problem;
     let [d, n_query, n_head, n_stream] = p.q.ne;
     let [_, n_kv, n_head_kv, _] = p.k.ne;
-    let f16 = p.k_type == Element::F16 && p.v_type == Element::F16;
-    demand("the type of K or V of a prefill", f16, p.k_type.name(), "f16")?;
-    demand("the head size of keys of a prefill", DIMS.contains(&d) && p.k.ne[0] == d, d, "64 or 128")?;
-    demand("the head size of values", p.v.ne[0] == d && p.dst.ne[0] == d, p.v.ne[0], "that of the keys")?;
+    let dv = p.v.ne[0];
+    kinds::demand(p)?;
+    let fits = hadamard::fits(call.rotation.k, d) && !matches!(call.rotation.k, 1 | 2);
+    demand("the basis of K", fits, format!("{:?}", call.rotation), "blocks of 4 or more that heads are made of")?;
     demand("ALiBi's max_bias", p.max_bias == 0.0, p.max_bias, "none")?;
     demand("the estimate", !call.selection.estimate, "on", "none in a prefill")?;
     demand("the rows of a tile", tile > 0, tile, "1 or more")?;
@@ -64,18 +65,21 @@ fn check(call: &Call<'_>, tile: usize) -> Result<(), Error> {
     let cells = n_kv > 0 && n_kv < 1 << 31 && p.v.ne[1] == n_kv;
     demand("the number of KV cells", cells, n_kv, "the same for K and V, below 2^31")?;
     demand("V's number of heads", p.v.ne[2] == n_head_kv, p.v.ne[2], "that of K")?;
-    let same = p.dst.ne == [d, n_head, n_query, n_stream];
-    demand("the output's shape", same, format!("{:?}", p.dst.ne), "that of the queries")?;
+    let same = p.dst.ne == [dv, n_head, n_query, n_stream];
+    demand("the output's shape", same, format!("{:?}", p.dst.ne), "that of the queries and values")?;
     for (what, a) in [("K's streams", &p.k), ("V's streams", &p.v)] {
         demand(what, a.ne[3] > 0 && n_stream % a.ne[3] == 0, a.ne[3], "a divisor of the queries'")?;
     }
-    for (what, a, step) in [("q", &p.q, 4), ("k", &p.k, 2), ("v", &p.v, 2), ("dst", &p.dst, 4)] {
+    let (k_step, v_step) = (p.k_type.block_bytes(), p.v_type.block_bytes());
+    for (what, a, step) in [("q", &p.q, 4), ("k", &p.k, k_step), ("v", &p.v, v_step), ("dst", &p.dst, 4)] {
         demand("a step in dimension 0", a.nb[0] == step, format!("{} bytes in {what}", a.nb[0]), "that of its type")?;
     }
-    // Rows are read 16 bytes at a time, and written 8.
-    for (what, a, step) in [("q", &p.q, 16), ("k", &p.k, 16), ("v", &p.v, 16), ("dst", &p.dst, 8)] {
-        let aligned = (a.data as usize).is_multiple_of(step) && a.nb[1..].iter().all(|nb| nb.is_multiple_of(step));
-        demand("the alignment of a tensor", aligned, what, "q, k and v with rows on multiples of 16 bytes, dst of 8")?;
+    // As much is read or written at a time.
+    let (k, v) = (kinds::alignment(p.k_type, d), kinds::alignment(p.v_type, dv));
+    for (what, a, bytes) in [("q", &p.q, 16), ("k", &p.k, k), ("v", &p.v, v), ("dst", &p.dst, 8)] {
+        let aligned = (a.data as usize).is_multiple_of(bytes) && a.nb[1..].iter().all(|nb| nb.is_multiple_of(bytes));
+        let got = || format!("rows of {what} not on multiples of {bytes} bytes");
+        demand("the alignment of a tensor", aligned, got(), "rows side by side, from a multiple of 16 bytes on")?;
     }
     if let Some(m) = &p.mask {
         demand("the mask's number of heads", m.ne[2] == 1, m.ne[2], "1")?;
@@ -102,6 +106,7 @@ impl Plan {
         let p = &call.problem;
         let [d, n_query, _, n_stream] = p.q.ne;
         let [_, n_kv, n_head_kv, _] = p.k.ne;
+        let dv = p.v.ne[0];
         let (group, n_row, mode) = (p.n_group(), p.n_row(), call.selection.mode);
         let mut bound = [params::Bound::default(); MAX_BOUND];
         let (mut n_cluster, mut n_member) = (0, 0);
@@ -113,7 +118,7 @@ impl Plan {
             };
             let s = view.shape;
             let same =
-                [s.n_head_kv, s.n_group, s.head_dim_k, s.head_dim_v].map(|n| n as usize) == [n_head_kv, group, d, d];
+                [s.n_head_kv, s.n_group, s.head_dim_k, s.head_dim_v].map(|n| n as usize) == [n_head_kv, group, d, dv];
             demand("the index's shape of this layer", same, format!("{s:?}"), "that of the call")?;
             demand("the number of clusters", s.n_cluster as usize <= MAX_CLUSTERS, s.n_cluster, "at most 65536")?;
             [*to, _] = parameters;
@@ -138,18 +143,20 @@ impl Plan {
             n_cluster = n_cluster.max(s.n_cluster as usize);
             n_member = n_member.max(view.n_clustered());
         }
-        let head = DIMS.iter().position(|dim| *dim == d).expect("checked above");
         let (diag, by_mass) = ((call.selection.spread == Spread::Diag) as usize, matches!(mode, Mode::Mass(_)));
-        // The last path that there is, which is the fastest.
-        let paths = &device.prefill()?.heads[head].paths;
-        let found = paths.iter().rev().filter(|path| !of.portable || path.path.suffix.is_empty()).find_map(|path| {
-            let [sums, squares, mass] = path.lookup[diag];
-            let lookup = if by_mass { [sums?, squares?, mass?] } else { [sums?, squares?, squares?] };
-            Some((path.path.lookup_threads, path.path.attend_threads, path.attend?, lookup))
-        });
-        let Some((lookup_threads, attend_threads, attend, lookup)) = found else {
-            let got = "less than a prefill needs".to_string();
-            return Err(Error::Unsupported { what: "the shared memory of a block", got, want: "at least 99 KiB" });
+        let kernels = device.prefill()?;
+        let (lookups, attends) = (kernels.lookup(device, d)?, kernels.attend(device, p)?);
+        let sinks = (call.rotation.k > 0 || p.k_type != Element::F16).then_some(lookups.sinks);
+        // Those for this GPU's architecture alone are the fastest.
+        let attend = attends.own.filter(|_| !of.portable).or(attends.portable);
+        let lookup =
+            [lookups.own.filter(|_| !of.portable), Some(lookups.portable)].iter().flatten().find_map(|passes| {
+                let [sums, squares, mass] = passes[diag];
+                Some(if by_mass { [sums?, squares?, mass?] } else { [sums?, squares?, squares?] })
+            });
+        let (Some(attend), Some(lookup)) = (attend, lookup) else {
+            let got = format!("less than a prefill with keys of {d} and values of {dv} elements needs");
+            return Err(Error::Unsupported { what: "the shared memory of a block", got, want: "up to 227 KiB" });
         };
         let (select, select_threads) = select_for(&SELECT_TILE, n_cluster);
 
@@ -162,6 +169,7 @@ impl Plan {
         let n_slot = if call.bounds.is_empty() { 0 } else { n_row.min(n_row.div_ceil(tile) + MORE_TILES) };
         let parts = (tile * group).div_ceil(COLUMNS);
         let seen_words = if p.mask.is_some() { n_kv.div_ceil(32) } else { 0 };
+        let sink_bytes = call.bounds.len() * n_head_kv * SINK_TILES * TILE * 2 * d;
         let layout = |own_slots: usize, chunks: usize, c: &mut Carver| -> Prefill {
             let mut area = |bytes: usize| workspace + c.area::<u8>(bytes) as u64;
             let n_pair = own_slots * n_head_kv;
@@ -182,8 +190,9 @@ impl Plan {
                 partial: area(8 * n_panel * chunks * COLUMNS),
                 sink_mass: area(4 * n_panel * chunks),
                 units: area(4 * (n_pair + n_dense_slot * n_head_kv + 1)),
-                state: area(4 * n_state * d),
+                state: area(4 * n_state * dv),
                 norms: area(8 * n_state),
+                sink_keys: if sinks.is_some() && !call.bounds.is_empty() { area(sink_bytes) } else { 0 },
                 ..Default::default()
             };
             own.call.y = y;
@@ -255,6 +264,11 @@ impl Plan {
                 n_bound: call.bounds.len() as u32,
                 n_cluster: n_cluster as u32,
                 max_tiles: max_tiles as u32,
+                k_type: type_number(p.k_type).unwrap_or_default(),
+                v_type: type_number(p.v_type).unwrap_or_default(),
+                k_block: call.rotation.k as u32,
+                k_bytes: p.k_type.row_bytes(d) as u32,
+                v_bytes: p.v_type.row_bytes(dv) as u32,
                 bound,
                 ..laid.call
             },
@@ -284,7 +298,8 @@ impl Plan {
         };
         let parts = (0..n_part).map(part).filter(|p| p.parameters.own_slots + p.parameters.own_dense > 0).collect();
         let bytes = carver.bytes;
-        Ok(Plan { parts, head, lookup_threads, attend_threads, attend, lookup, select, select_threads, bytes })
+        let sinks = sinks.filter(|_| !call.bounds.is_empty());
+        Ok(Plan { parts, dv, sinks, attend, lookup, select, select_threads, bytes })
     }
 
     pub(super) fn n_head_kv(&self) -> usize {

@@ -1,6 +1,9 @@
 // Lookup of a prefill: scores of a panel's columns with every cluster, twice, since there is no room for them. The first pass
 // leaves the max and sum of each column's softmax, with the exact scores of the sinks, the second one sums probabilities over
 // the columns: one number per panel and cluster, from which select makes the tile's mean.
+#pragma once
+
+#include "format.cuh"
 #include "prefill_mma.cuh"
 
 namespace squeeze {
@@ -18,22 +21,22 @@ template <class Path, int D, bool DIAG>
 struct Layout {
     // Steps between two meetings of all threads.
     static constexpr int GROUP = Path::MT == 1 && !DIAG ? 2 : 1;
-    static constexpr int STAGES = Path::MT == 1 ? 2 * GROUP : DIAG ? 2 : 3;
+    static constexpr int STAGES = Path::MT == 1 ? 2 * GROUP : DIAG || D > 128 ? 2 : 3;
     // Steps whose sizes and sums are kept.
     static constexpr int SLOTS = 2 * GROUP;
-    static constexpr int QUERIES = PREFILL_COLUMNS * D * 2, KEYS = PREFILL_KEYS * D * 2, BYTES = DIAG ? PREFILL_KEYS * D : 0;
+    static constexpr int QUERIES = PREFILL_COLUMNS * PADDED<D> * 2, KEYS = PREFILL_KEYS * PADDED<D> * 2;
+    static constexpr int BYTES = DIAG ? PREFILL_KEYS * PADDED<D> : 0;
     static constexpr int STAGE = KEYS + BYTES;
     // Variances as F16; sizes and spreads of steps; sums of steps by warp, of squares and plain.
     static constexpr int VARIANCES = QUERIES + STAGES * STAGE, COUNTS = VARIANCES + (DIAG ? KEYS : 0);
     static constexpr int SUMS = COUNTS + SLOTS * 2 * PREFILL_KEYS * 4, WARPS = Path::THREADS / 32;
 };
 
-// Four bytes as F16. The bits of 1024 + n are 0x6400 + n.
-__device__ __forceinline__ uint2 widen(uint32_t bytes) {
-    const half2 bias = __floats2half2_rn(1024.0f, 1024.0f);
-    uint32_t l = __byte_perm(bytes, 0x64646464u, 0x4140), h = __byte_perm(bytes, 0x64646464u, 0x4342);
-    const half2 a = __hsub2(*reinterpret_cast<half2 *>(&l), bias), b = __hsub2(*reinterpret_cast<half2 *>(&h), bias);
-    return {*reinterpret_cast<const uint32_t *>(&a), *reinterpret_cast<const uint32_t *>(&b)};
+// Four bytes as F16.
+__device__ __forceinline__ uint2 widened(uint32_t bytes) {
+    half2 low, high;
+    widen<0>(bytes, low, high);
+    return {bits(low), bits(high)};
 }
 
 // Sums of 16 numbers over the 8 threads that share c; a thread ends with those of keys 8 t + 2c and the next, t being the bits
@@ -63,7 +66,8 @@ __device__ void lookup_panel(const Prefill &p) {
     // Sums of one step, in floats.
     constexpr int STEP_SUMS = Own::WARPS * PREFILL_KEYS * (PASS == Pass::MASS ? 2 : 1);
     constexpr int GROUP = Own::GROUP, SLOTS = Own::SLOTS;
-    constexpr int MT = Path::MT, THREADS = Path::THREADS, CHUNKS = D / 8, ROWS = THREADS / CHUNKS;
+    // Threads that share a row, of which some may have no chunk of it.
+    constexpr int MT = Path::MT, THREADS = Path::THREADS, CHUNKS = D / 8, LANES = D <= 64 ? 8 : D <= 128 ? 16 : 32, ROWS = THREADS / LANES;
     extern __shared__ __align__(1024) unsigned char memory[];
     const Call &call = p.call;
     const uint32_t chunk = blockIdx.x % p.chunks, part = blockIdx.x / p.chunks, head_kv = blockIdx.z;
@@ -81,35 +85,43 @@ __device__ void lookup_panel(const Prefill &p) {
     const uint32_t q = shared_address(base), stages = q + Own::QUERIES, variances = q + Own::VARIANCES;
     float *counts = reinterpret_cast<float *>(base + Own::COUNTS), *sums = reinterpret_cast<float *>(base + Own::SUMS);
 
-    const char *keys = keys_of(call, bound.stream, head_kv);
+    // Sinks in the cache, or as `sinks` has left them.
+    const bool as_they_are = p.sink_keys == nullptr;
+    const char *keys = as_they_are ? keys_of(call, bound.stream, head_kv)
+                                   : reinterpret_cast<const char *>(p.sink_keys + sink_row(p, tile.bound, head_kv) * D);
     const uint64_t first_cluster = static_cast<uint64_t>(head_kv) * layer.n_cluster;
-    // A thread's rows lie ROWS apart, a multiple of 8: all have the same place in the swizzle.
-    const int chunk16 = threadIdx.x % CHUNKS, first_row = threadIdx.x / CHUNKS;
+    const int chunk16 = threadIdx.x % LANES, first_row = threadIdx.x / LANES;
+    const bool has_chunk = CHUNKS == LANES || chunk16 < CHUNKS;
+    // Rows of a thread that lie a multiple of 8 apart have the same place in the swizzle.
     const uint32_t own_chunk = chunk_at<PREFILL_KEYS>(stages, first_row, chunk16);
+    const uint32_t other_chunk = chunk_at<PREFILL_KEYS>(stages, first_row + ROWS, chunk16) - ROWS * 128;
+    auto row_at = [&](int i) { return (ROWS % 8 != 0 && i % 2 != 0 ? other_chunk : own_chunk) + i * ROWS * 128; };
     const char *centroids = reinterpret_cast<const char *>(layer.centroids + (first_cluster + first_row) * D) + 16 * chunk16;
     auto fetch = [&](uint32_t step, uint32_t stage) {
         if (step < to) {
-            const uint32_t at = stages + stage * Own::STAGE, own_at = own_chunk + stage * Own::STAGE;
-            if (step < sink_steps) {
+            const uint32_t at = stages + stage * Own::STAGE, from_start = stage * Own::STAGE;
+            if (has_chunk && step < sink_steps) {
 #pragma unroll
                 for (int i = 0; i < PREFILL_KEYS / ROWS; ++i) {
                     const uint32_t sink = step * PREFILL_KEYS + first_row + i * ROWS;
                     const bool there = sink < layer.n_sink;
-                    const char *row = keys + min(bound.always[there ? sink : 0], call.n_kv - 1) * call.k.nb1;
-                    copy_chunk(own_at + i * ROWS * 128, row + 16 * chunk16, there);
+                    const uint32_t own = there ? sink : 0;
+                    const char *row = keys + (as_they_are ? min(bound.always[own], call.n_kv - 1) * call.k.nb1 : own * (2 * D));
+                    copy_chunk(row_at(i) + from_start, row + 16 * chunk16, there);
                 }
-            } else {
+            } else if (has_chunk) {
                 const uint32_t first = (step - sink_steps) * PREFILL_KEYS;
                 const char *rows = centroids + static_cast<uint64_t>(first) * (2 * D);
                 const int left = layer.n_cluster - first - first_row;
 #pragma unroll
                 for (int i = 0; i < PREFILL_KEYS / ROWS; ++i)
-                    copy_chunk(own_at + i * ROWS * 128, rows + i * ROWS * 2 * D, i * ROWS < left);
+                    copy_chunk(row_at(i) + from_start, rows + i * ROWS * 2 * D, i * ROWS < left);
             }
             if constexpr (DIAG) {
 #pragma unroll
-                for (int i = 0; i < PREFILL_KEYS * D / 16 / THREADS; ++i) {
+                for (int i = 0; i < (PREFILL_KEYS * D / 16 + THREADS - 1) / THREADS; ++i) {
                     const int unit = threadIdx.x + i * THREADS, row = unit / (D / 16);
+                    if (unit >= PREFILL_KEYS * D / 16) break;
                     const uint32_t cluster = (step - sink_steps) * PREFILL_KEYS + row;
                     const bool there = step >= sink_steps && cluster < layer.n_cluster;
                     copy_chunk(at + Own::KEYS + 16 * unit, layer.variances + (first_cluster + (there ? cluster : 0)) * D + 16 * (unit % (D / 16)), there);
@@ -144,15 +156,17 @@ __device__ void lookup_panel(const Prefill &p) {
 
     // Scores are for exp2, without the soft-cap. Of each column: the largest number or the sum of squares, for the spread.
     const float plain = (call.softcap == 0 ? 1.0f : call.softcap) * LOG2E;
-    load_queries<THREADS, D>(p, head_kv, tile, part, base, 0, PREFILL_COLUMNS, threadIdx.x, plain, [&](int column, int own_lane, float4 &own) {
-        constexpr int LANES = D / 4;
-        // One row's numbers must not spoil the tile's means.
-        auto finite = [](float x) { return fminf(fmaxf(x, -HALF_MAX), HALF_MAX); };
-        own = {finite(own.x), finite(own.y), finite(own.z), finite(own.w)};
-        float size = DIAG ? fmaxf(fmaxf(fabsf(own.x), fabsf(own.y)), fmaxf(fabsf(own.z), fabsf(own.w)))
-                          : own.x * own.x + own.y * own.y + own.z * own.z + own.w * own.w;
+    load_queries<THREADS, D>(p, head_kv, tile, part, base, 0, PREFILL_COLUMNS, threadIdx.x, plain, call.k_block,
+                             [&](int column, int own_lane, Quads<D> &own) {
+        float size = 0;
+        own.each([&](float x) {
+            // One row's numbers must not spoil the tile's means.
+            x = fminf(fmaxf(x, -HALF_MAX), HALF_MAX);
+            size = DIAG ? fmaxf(size, fabsf(x)) : fmaf(x, x, size);
+            return x;
+        });
 #pragma unroll
-        for (int d = LANES / 2; d > 0; d /= 2) {
+        for (int d = Quads<D>::LANES / 2; d > 0; d /= 2) {
             const float other = __shfl_xor_sync(ALL, size, d);
             size = DIAG ? fmaxf(size, other) : size + other;
         }
@@ -236,10 +250,11 @@ __device__ void lookup_panel(const Prefill &p) {
             if constexpr (DIAG) {
                 const uint32_t at = stage * Own::STAGE + Own::QUERIES + Own::KEYS;
 #pragma unroll
-                for (int i = 0; i < PREFILL_KEYS * D / 16 / THREADS; ++i) {
+                for (int i = 0; i < (PREFILL_KEYS * D / 16 + THREADS - 1) / THREADS; ++i) {
                     const int unit = threadIdx.x + i * THREADS, row = unit / (D / 16), two = unit % (D / 16) * 2;
+                    if (unit >= PREFILL_KEYS * D / 16) break;
                     const uint4 bytes = *reinterpret_cast<const uint4 *>(base + at + 16 * unit);
-                    const uint2 w[4] = {widen(bytes.x), widen(bytes.y), widen(bytes.z), widen(bytes.w)};
+                    const uint2 w[4] = {widened(bytes.x), widened(bytes.y), widened(bytes.z), widened(bytes.w)};
                     unsigned char *to16 = base + Own::VARIANCES;
                     *reinterpret_cast<uint4 *>(to16 + chunk_at<PREFILL_KEYS>(0, row, two)) = {w[0].x, w[0].y, w[1].x, w[1].y};
                     *reinterpret_cast<uint4 *>(to16 + chunk_at<PREFILL_KEYS>(0, row, two + 1)) = {w[2].x, w[2].y, w[3].x, w[3].y};
@@ -378,6 +393,36 @@ __device__ void lookup_panel(const Prefill &p) {
     }
 }
 
+// The sinks' keys as F16 in the basis of the index, for caches of other types or in another basis. Grid: (n_bound, n_head_kv).
+template <int D>
+__device__ void turn_sinks(const Prefill &p) {
+    using Row = Quads<D>;
+    const Call &call = p.call;
+    const Bound &bound = call.bound[blockIdx.x];
+    const char *keys = keys_of(call, bound.stream, blockIdx.y);
+    half *to = p.sink_keys + sink_row(p, blockIdx.x, blockIdx.y) * D;
+    const int lane = threadIdx.x % Row::LANES, n = (bound.layer.n_sink + 1) / 2 * 2;
+    for (int sink = threadIdx.x / Row::LANES; sink < n; sink += SINK_THREADS / Row::LANES) {
+        const bool there = sink < static_cast<int>(bound.layer.n_sink);
+        const char *row = keys + min(bound.always[there ? sink : 0], call.n_kv - 1) * call.k.nb1;
+        Row own;
+#pragma unroll
+        for (int j = 0; j < Row::N; ++j) {
+            own.x[j] = {0, 0, 0, 0};
+            const uint32_t at = 4 * (lane + Row::LANES * j);
+            if (own.there(lane, j))
+                own.x[j] = {number(call.k_type, row, at), number(call.k_type, row, at + 1), number(call.k_type, row, at + 2),
+                            number(call.k_type, row, at + 3)};
+        }
+        own.turn(call.k_block, lane);
+        own.each([](float x) { return fabsf(x) < INFINITY ? fminf(fmaxf(x, -HALF_MAX), HALF_MAX) : x; });
+#pragma unroll
+        for (int j = 0; j < Row::N; ++j)
+            if (there && own.there(lane, j))
+                *reinterpret_cast<uint2 *>(to + sink * D + 4 * (lane + Row::LANES * j)) = {pack(own.x[j].x, own.x[j].y), pack(own.x[j].z, own.x[j].w)};
+    }
+}
+
 #define LOOKUP(PATH, NAME, D, DIAG, BLOCKS, KIND, PASS)                                              \
     extern "C" __global__ void __launch_bounds__(PATH::THREADS, BLOCKS) prefill_lookup_##NAME##_##KIND( \
         const __grid_constant__ Prefill p) {                                                         \
@@ -387,16 +432,19 @@ __device__ void lookup_panel(const Prefill &p) {
     LOOKUP(PATH, NAME, D, DIAG, BLOCKS, sums, Pass::SUMS)        \
     LOOKUP(PATH, NAME, D, DIAG, BLOCKS, squares, Pass::SQUARES) \
     LOOKUP(PATH, NAME, D, DIAG, BLOCKS, mass, Pass::MASS)
-
-LOOKUPS(Portable, 64, 64, false, 2)
-LOOKUPS(Portable, 64_diag, 64, true, 2)
-LOOKUPS(Portable, 128, 128, false, 2)
-LOOKUPS(Portable, 128_diag, 128, true, 2)
+// Without and with the spread by dimension, and the sinks.
+#define PREFILL_LOOKUP(D, BLOCKS)                                                                                      \
+    LOOKUPS(Portable, D, D, false, BLOCKS)                                                                             \
+    LOOKUPS(Portable, D##_diag, D, true, BLOCKS)                                                                       \
+    extern "C" __global__ void __launch_bounds__(SINK_THREADS) prefill_sinks_##D(const __grid_constant__ Prefill p) { \
+        turn_sinks<D>(p);                                                                                              \
+    }
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-LOOKUPS(Hopper, 64_hopper, 64, false, 2)
-LOOKUPS(Hopper, 64_diag_hopper, 64, true, 1)
-LOOKUPS(Hopper, 128_hopper, 128, false, 2)
-LOOKUPS(Hopper, 128_diag_hopper, 128, true, 1)
+#define PREFILL_LOOKUP_HOPPER(D)                     \
+    LOOKUPS(Hopper, D##_hopper, D, false, 2)         \
+    LOOKUPS(Hopper, D##_diag_hopper, D, true, 1)
+#else
+#define PREFILL_LOOKUP_HOPPER(D)
 #endif
 
 }  // namespace squeeze
