@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs on a machine with a GPU, from an unpacked archive of scripts/pack.sh: checks, then speed, with a short table each.
 # Usage: gpu.sh BIN STEP...    steps: tests, sanitize, conformance, shape=NAME@DEPTH (sqz random-model's shapes), model=FILE:TEXT:QUESTIONS,
-# eval=FILE:COUNT:TOKENS (on the CPU, which such a machine has more of: 8 minutes, less if there is no more to do)
+# eval=FILE:COUNT:TOKENS (on the CPU, which such a machine has more of: 8 minutes at most, the results so far are in eval.*.jsonl)
 # Logs go to $OUT (default .).
 set -uo pipefail
 [[ $# -ge 2 ]] || { sed -n '2,5s/^# //p' "$0" >&2; exit 2; }
@@ -28,8 +28,8 @@ tests() {
         "$bin/test-op" --ignored --test-threads 1 gpu::
 }
 eval_on_cpu() { # eval_on_cpu FILE COUNT TOKENS
-    "$bin/sqz" eval -m "$1" -dev none --count "$2" --tokens "$3" --bytes 0.1,0.125,0.2,0.33,0.5 --baselines all --try all --minutes 8 \
-        -o "$out/eval.html"
+    timeout 480 "$root/scripts/eval-parts.sh" "$bin/sqz" $((($(nproc) + 3) / 4)) 4 "$out/eval.html" -m "$1" -dev none --count "$2" --tokens "$3" \
+        --bytes 0.1,0.125,0.2,0.33,0.5 --baselines all --try all
 }
 sanitize() {
     local tool

@@ -212,8 +212,13 @@ fn measure(
 ) -> Result<bool> {
     let is_missing =
         |k: &&Keyed| k.outcomes.iter().any(|o| store.outcome(o).is_none()) || store.reference(&k.reference).is_none();
-    let (own, n_part) = args.part.unwrap_or((1, 1));
-    let missing: Vec<&Keyed> = keyed.iter().skip(own - 1).step_by(n_part).filter(is_missing).collect();
+    let mut all: Vec<&Keyed> = keyed.iter().collect();
+    if let Some((own, n_part)) = args.part {
+        // Those with recall take several times as long as the others: each part gets as many.
+        all.sort_by_key(|k| !k.recall);
+        all = all.into_iter().skip(own - 1).step_by(n_part).collect();
+    }
+    let missing: Vec<&Keyed> = all.into_iter().filter(is_missing).collect();
     if missing.is_empty() {
         return Ok(true);
     }
