@@ -758,7 +758,7 @@ enum sqz_status sqz_attention_compute(const struct sqz_context *context,
  last clustered token, and 64 other tokens in turn. Arrays must stay valid until the stream has come past the call, and the
  stream until the context is freed. Rows that were sparse are counted (sqz_get_stats) once the device is done; of calls with the
  same arrays that are made faster than it computes them not each is counted. Up to 16 query rows are sparse, and, where `tile` in
- the settings is above 1 and K and V are F16 of 64 or 128 elements, up to 8192.
+ the settings is above 1, up to 8192.
 
  Pointers:
  `call` is null or has as many bytes as it says, and its arrays are valid device memory in all of their extents.

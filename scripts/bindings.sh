@@ -5,7 +5,6 @@
 # LLAMA_CPP_DIR: another llama.cpp source tree than the pinned one (see scripts/other-llama.sh).
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-target=${CARGO_TARGET_DIR:-$root/target}
 bindgen=0.72.1
 src=${LLAMA_CPP_DIR:-$("$root/scripts/llama-source.sh")}/ggml
 [[ -f $src/include/ggml.h ]] || { echo "bindings.sh: $src/include/ggml.h is missing: LLAMA_CPP_DIR must be a llama.cpp source tree" >&2; exit 1; }
@@ -14,10 +13,7 @@ series=$(number MAJOR).$(number MINOR)
 [[ $series =~ ^[0-9]+\.[0-9]+$ ]] || { echo "bindings.sh: $src/CMakeLists.txt does not say which version ggml is" >&2; exit 1; }
 include=(-I"$src/include" -I"$src/src")
 
-tool=$target/tools/bin/bindgen
-if [[ $("$tool" --version 2> /dev/null) != "bindgen $bindgen" ]]; then
-    cargo install --quiet --locked --root "$target/tools" --version "$bindgen" bindgen-cli
-fi
+tool=$("$root/scripts/tool.sh" bindgen-cli "$bindgen" bindgen)
 tmp=$(mktemp -d); trap 'rm -rf "$tmp"' EXIT
 
 structures='ggml_(tensor|cgraph|hash_set|custom_op_params)'

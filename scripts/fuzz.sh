@@ -5,21 +5,17 @@
 #        fuzz.sh smoke                    each target for 10 seconds from some of the seeds, in a build that is sooner made
 #        fuzz.sh seeds                    replaces the seeds by a small choice of the corpus that reaches as much
 #        fuzz.sh coverage                 what the corpus reaches, by file; needs a nightly compiler with llvm-tools
-# The compiler is the stable one with its unstable options unlocked, so that no second one is needed. cargo-fuzz, pinned, is
-# installed below target/tools where it is missing (a minute).
+# The compiler is the stable one with its unstable options unlocked, so that no second one is needed.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 target=$(realpath -m "${CARGO_TARGET_DIR:-$root/target}")
 work=$target/fuzz
 version=0.13.2
 all=(index_bytes index_fields c_abi attention)
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [[ $# -gt 0 ]] || usage
 
-tool=$target/tools/bin/cargo-fuzz
-if [[ $("$tool" --version 2> /dev/null) != "cargo-fuzz $version" ]]; then
-    cargo install --quiet --locked --root "$target/tools" --version "$version" cargo-fuzz
-fi
+tool=$("$root/scripts/tool.sh" cargo-fuzz "$version" cargo-fuzz)
 export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=$work/build GGML_SQUEEZE_CUDA=0
 export ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=1}
 cd "$root"

@@ -3,13 +3,9 @@
 # Usage: header.sh [--check]     --check changes nothing and fails where the committed header differs.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-target=${CARGO_TARGET_DIR:-$root/target}
 cbindgen=0.29.2
 
-tool=$target/tools/bin/cbindgen
-if [[ $("$tool" --version 2> /dev/null) != "cbindgen $cbindgen" ]]; then
-    cargo install --quiet --locked --root "$target/tools" --version "$cbindgen" cbindgen
-fi
+tool=$("$root/scripts/tool.sh" cbindgen "$cbindgen" cbindgen)
 tmp=$(mktemp -d); trap 'rm -rf "$tmp"' EXIT
 # As one file, in the order of the header: of a whole crate cbindgen would take every public constant.
 for part in status mod index builder context op attention; do

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Packages what `make release` has built: a tar.gz that runs from any folder, a .deb for /usr, and SHA256SUMS, in target/package.
 # The same build packed again gives the same bytes. The licence texts of all dependencies go in, collected by a pinned
-# cargo-about, which is installed below target/tools where it is missing (minutes).
+# cargo-about.
 # Usage: package.sh     Without dpkg-dev there is no .deb.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -10,10 +10,7 @@ out=$target/package
 about=0.9.3
 fail() { echo "package.sh: $*" >&2; exit 1; }
 
-tool=$target/tools/bin/cargo-about
-if [[ $("$tool" --version 2> /dev/null) != "cargo-about $about" ]]; then
-    cargo install --quiet --locked --root "$target/tools" --version "$about" --features cli cargo-about
-fi
+tool=$("$root/scripts/tool.sh" cargo-about "$about" cargo-about --features cli)
 
 version=$(sed -n '/^\[workspace.package\]/,/^\[/ s/^version = "\(.*\)"/\1/p' "$root/Cargo.toml")
 name=ggml-squeeze-$version-linux-$(uname -m)

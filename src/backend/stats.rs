@@ -33,6 +33,8 @@ pub enum Reason {
     Stale,
     /// The prefix is shorter than sparse attention is worth.
     Short,
+    /// So many rows on a GPU that they would visit more cells, each by itself, than a dense kernel does for all of them.
+    Rows,
     /// More than 16 query rows on a GPU where tiles are off, or more than the CUDA kernels take at all.
     Prefill,
     /// Head size or strides that our kernels do not take.
@@ -52,6 +54,7 @@ impl Reason {
             Reason::Unbound => "unbound",
             Reason::Stale => "stale",
             Reason::Short => "short prefix",
+            Reason::Rows => "many rows",
             Reason::Prefill => "prefill",
             Reason::Kernel => "kernel",
         }

@@ -16,7 +16,7 @@ use crate::attention::cuda::{
     self, Attention, Bound, Call, Error, Masks, Prefill, RowMap, RowNumbers, Watched, Workspace, BOUND_MAX,
     MAX_PREFILL_ROWS, MAX_ROWS,
 };
-use crate::attention::{Array, Element, Problem, Rotation, Selection};
+use crate::attention::{Array, Element, Mode, Problem, Rotation, Selection};
 use crate::index::Index;
 
 /// A plan, the reasons of nodes that stay dense, and the number of forced ones.
@@ -34,6 +34,14 @@ fn min_prefix(snapshot: &Snapshot, matcher: &Matcher) -> usize {
 pub(super) fn min_prefix_of(index: &Index) -> usize {
     let shapes = index.shapes().iter();
     shapes.map(|s| cuda::min_prefix(s.n_head_kv as usize, s.head_dim_k as usize)).max().unwrap_or(usize::MAX)
+}
+
+/// Is a dense kernel, which visits each cell once for all rows, faster than so many rows of a decode, each of which visits what it keeps and
+/// all cells that are in no cluster? Most of those are other sequences', hidden by the mask: such a visit takes a third of one
+/// that fetches keys (docs/gpu.md).
+pub(super) fn are_too_many(n_row: usize, n_kv: usize, n_clustered: usize, mode: Mode) -> bool {
+    let kept = if let Mode::Budget(share) = mode { (f64::from(share) * n_clustered as f64) as usize } else { 0 };
+    (2..=MAX_ROWS).contains(&n_row) && n_row * (n_kv.saturating_sub(n_clustered) / 3 + kept) > n_kv
 }
 
 /// Why a node is none of ours whatever is bound, if so.
@@ -295,6 +303,15 @@ impl Ready {
         sites.retain(has_layer);
         if sites.is_empty() {
             return Ok(None);
+        }
+        // Whoever says from which prefix on wants it there.
+        if snapshot.config.min_prefix.is_none() {
+            let meta = index_of(best).meta();
+            let n_clustered = meta.n_prefix() - (meta.n_sink + meta.n_window) as usize;
+            if are_too_many(p.n_row(), p.k.ne[1], n_clustered, own.mode) {
+                dense.extend(sites.drain(..).map(|_| Reason::Rows));
+                return Ok(None);
+            }
         }
         let share = |i: &usize| {
             let meta = index_of(*i).meta();

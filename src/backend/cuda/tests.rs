@@ -11,7 +11,7 @@ use super::super::stats::Reason;
 use super::super::tensor::Tensor;
 use super::bindings::Seen;
 use super::launch::cut;
-use super::make::{make_room, refusal};
+use super::make::{are_too_many, make_room, refusal};
 use super::survey::Survey;
 use crate::attention::cuda::{RowNumbers, BOUND_MAX, MAX_PREFILL_ROWS, MAX_ROWS};
 use crate::attention::{Array, Element, Mode, Problem, Selection, Spread};
@@ -203,4 +203,17 @@ fn a_row_sees_cells_with_or_without_gaps() {
     assert!(all(&[]) && all(&[1, 2, 3]) && all(&[9, 10, 11]) && all(&[11]) && all(&[6, 2, 9]));
     assert!(!all(&[3, 4, 5]) && !all(&[0, 1]) && !all(&[10, 11, 12]) && !all(&[4]) && !all(&[5, 6, 7, 8, 9]));
     assert!(!all(&[2, 4]) && !all(&[12, 1]));
+}
+
+#[test]
+fn rows_that_visit_too_much_are_left_to_a_dense_kernel() {
+    let (prefix, budget) = (65000, Mode::Budget(0.1));
+    // One sequence and a draft of it, on a cache of its own.
+    assert!(!are_too_many(1, 70000, prefix, budget) && !are_too_many(5, 70000, prefix, budget));
+    // Rows that keep more together than there is.
+    assert!(!are_too_many(8, 66000, prefix, budget) && are_too_many(16, 66000, prefix, budget));
+    // Slots on one list of cells, each with a copy of the prefix: two, and four with four short ones beside (docs/gpu.md).
+    assert!(!are_too_many(2, 131000, prefix, budget) && are_too_many(8, 266000, prefix, budget));
+    // A prefill is done in tiles.
+    assert!(!are_too_many(MAX_ROWS + 1, 266000, prefix, budget));
 }
