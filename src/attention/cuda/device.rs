@@ -187,14 +187,28 @@ impl Device {
         Ok(Arc::new(device))
     }
 
-    /// Loads a fatbin that is built in; it stays as long as the device.
-    pub(super) fn load(&self, image: &'static [u8]) -> Result<sys::CUmodule, Error> {
+    /// Loads fatbins that are built in, all or none; they stay as long as the device.
+    pub(super) fn load_all<const N: usize>(&self, images: [&'static [u8]; N]) -> Result<[sys::CUmodule; N], Error> {
         self.enter()?;
-        // SAFETY: a whole fatbin, built in.
-        let module =
-            unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(Error::driver("load the kernels"))?;
-        self.modules.lock().unwrap_or_else(|e| e.into_inner()).push(module);
-        Ok(module)
+        let mut loaded = [std::ptr::null_mut(); N];
+        for (i, image) in images.into_iter().enumerate() {
+            // SAFETY: a whole fatbin, built in.
+            match unsafe { result::module::load_data(image.as_ptr().cast()) } {
+                Ok(module) => loaded[i] = module,
+                Err(e) => {
+                    // SAFETY: loaded above, and nothing is launched from them.
+                    loaded[..i].iter().for_each(|module| _ = unsafe { result::module::unload(*module) });
+                    return Err(Error::driver("load the kernels")(e));
+                }
+            }
+        }
+        self.modules.lock().unwrap_or_else(|e| e.into_inner()).extend(loaded);
+        Ok(loaded)
+    }
+
+    /// One of them.
+    pub(super) fn load(&self, image: &'static [u8]) -> Result<sys::CUmodule, Error> {
+        self.load_all([image]).map(|[module]| module)
     }
 
     /// Blocks of a kernel that the whole GPU runs at once, with so many bytes of dynamic shared memory each.

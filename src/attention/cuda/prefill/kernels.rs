@@ -105,7 +105,7 @@ impl Kernels {
     /// # Errors
     /// A kernel is missing, or the driver refuses.
     pub(in super::super) fn new(device: &Device) -> Result<Kernels, Error> {
-        let [plan, merge] = [device.load(PREFILL_PLAN)?, device.load(PREFILL_MERGE)?];
+        let [plan, merge] = device.load_all([PREFILL_PLAN, PREFILL_MERGE])?;
         let of = |name: &str| Ok(Function(function(plan, name)?));
         let mut merges = [Function(std::ptr::null_mut()); HEAD_DIMS_V.len()];
         for (to, d) in merges.iter_mut().zip(HEAD_DIMS_V) {
@@ -171,10 +171,11 @@ impl Kernels {
         let (dk, dv) = sizes;
         let at = HEAD_SIZES.iter().position(|known| *known == sizes).expect("checked before");
         let path = portable_attend(dk, dv);
-        let found = function(device.load(ATTENDS[at])?, &format!("prefill_attend_{dk}_{dv}"))?;
+        let [module, own_module] = device.load_all([ATTENDS[at], PREFILL_ATTEND])?;
+        let found = function(module, &format!("prefill_attend_{dk}_{dv}"))?;
         let portable = kernel(device, found, path.threads, path.bytes(dk, dv))?;
         let own = match f16 && dk == dv {
-            true => find(device.load(PREFILL_ATTEND)?, &format!("prefill_attend_{dk}"))?,
+            true => find(own_module, &format!("prefill_attend_{dk}"))?,
             false => None,
         };
         let own = match own {
