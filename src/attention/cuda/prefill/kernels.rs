@@ -171,17 +171,15 @@ impl Kernels {
         let (dk, dv) = sizes;
         let at = HEAD_SIZES.iter().position(|known| *known == sizes).expect("checked before");
         let path = portable_attend(dk, dv);
-        let [module, own_module] = device.load_all([ATTENDS[at], PREFILL_ATTEND])?;
+        let (module, own_module) = match f16 && dk == dv {
+            true => device.load_all([ATTENDS[at], PREFILL_ATTEND]).map(|[module, own]| (module, Some(own)))?,
+            false => (device.load(ATTENDS[at])?, None),
+        };
         let found = function(module, &format!("prefill_attend_{dk}_{dv}"))?;
         let portable = kernel(device, found, path.threads, path.bytes(dk, dv))?;
-        let own = match f16 && dk == dv {
-            true => find(own_module, &format!("prefill_attend_{dk}"))?,
-            false => None,
-        };
-        let own = match own {
-            Some(own) => kernel(device, own, HOPPER_ATTEND.threads, HOPPER_ATTEND.bytes(dk, dv))?,
-            None => None,
-        };
+        let own = own_module.map(|own| find(own, &format!("prefill_attend_{dk}"))).transpose()?.flatten();
+        let (threads, bytes) = (HOPPER_ATTEND.threads, HOPPER_ATTEND.bytes(dk, dv));
+        let own = own.map(|own| kernel(device, own, threads, bytes)).transpose()?.flatten();
         let made = Attend { sizes, f16, portable, own };
         all.push(made);
         Ok(made)

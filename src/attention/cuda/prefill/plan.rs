@@ -146,7 +146,8 @@ impl Plan {
         let (diag, by_mass) = ((call.selection.spread == Spread::Diag) as usize, matches!(mode, Mode::Mass(_)));
         let kernels = device.prefill()?;
         let (lookups, attends) = (kernels.lookup(device, d)?, kernels.attend(device, p)?);
-        let sinks = (call.rotation.k > 0 || p.k_type != Element::F16).then_some(lookups.sinks);
+        let as_they_are = call.rotation.k == 0 && p.k_type == Element::F16;
+        let sinks = (!as_they_are && !call.bounds.is_empty()).then_some(lookups.sinks);
         // Those for this GPU's architecture alone are the fastest.
         let attend = attends.own.filter(|_| !of.portable).or(attends.portable);
         let lookup =
@@ -192,7 +193,7 @@ impl Plan {
                 units: area(4 * (n_pair + n_dense_slot * n_head_kv + 1)),
                 state: area(4 * n_state * dv),
                 norms: area(8 * n_state),
-                sink_keys: if sinks.is_some() && !call.bounds.is_empty() { area(sink_bytes) } else { 0 },
+                sink_keys: if sinks.is_some() { area(sink_bytes) } else { 0 },
                 ..Default::default()
             };
             own.call.y = y;
@@ -298,7 +299,6 @@ impl Plan {
         };
         let parts = (0..n_part).map(part).filter(|p| p.parameters.own_slots + p.parameters.own_dense > 0).collect();
         let bytes = carver.bytes;
-        let sinks = sinks.filter(|_| !call.bounds.is_empty());
         Ok(Plan { parts, dv, sinks, attend, lookup, select, select_threads, bytes })
     }
 
