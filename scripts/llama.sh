@@ -5,7 +5,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=${CARGO_TARGET_DIR:-$root/target}/llama
-programs=(llama-completion llama-server llama-bench test-backend-ops ggml-rpc-server)
+programs=(llama-cli llama-completion llama-server llama-bench test-backend-ops ggml-rpc-server)
 fail() { echo "llama.sh: $*" >&2; exit 1; }
 
 # The crate's build script forwards GGML_* and CMAKE_* to cmake: settings meant for running must not change the build.
