@@ -47,7 +47,10 @@ impl Chance {
 impl Rule for Chance {
     fn choose(&self, sight: &dyn Sight) -> Option<Choice> {
         let place = sight.place();
-        let (query, keys, scores) = (sight.query(place.row), sight.keys(), sight.scores(place.row));
+        let (query, keys, scores) = (sight.query(place.row), sight.keys(), sight.scores(place.row, place.end));
+        let of_sinks = sight.scores(place.row, place.first);
+        assert!((0..place.n_group * place.first)
+            .all(|i| { of_sinks[i] == scores[i / place.first * place.end + i % place.first] }));
         self.views.lock().unwrap().insert((place.row, place.head_kv), View { place, query, keys, scores });
         Some(match self.heads {
             true => Choice::Heads((0..place.n_group).map(|g| self.list(&place, g)).collect()),

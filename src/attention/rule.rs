@@ -61,8 +61,8 @@ pub trait Sight {
     /// `[N][head_dim]`: the clustered keys by token, in the basis of the cache.
     fn keys(&self) -> Vec<f32>;
 
-    /// `[G][end]`: scores of the sinks and the clustered keys for the queries of a row, as the softmax gets them.
-    fn scores(&self, row: usize) -> Vec<f32>;
+    /// `[G][n]`: scores of the prefix's first `n` keys, at most `end`, for the queries of a row, as the softmax gets them.
+    fn scores(&self, row: usize, n: usize) -> Vec<f32>;
 }
 
 /// What one sparse row and KV head attended to.

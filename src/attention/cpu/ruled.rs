@@ -45,8 +45,8 @@ impl Sight for Ruled<'_> {
         out
     }
 
-    fn scores(&self, row: usize) -> Vec<f32> {
-        self.scores_of(row, &self.cells(0..self.clustered().end))
+    fn scores(&self, row: usize, n: usize) -> Vec<f32> {
+        self.scores_of(row, &self.cells(0..n.min(self.clustered().end)))
     }
 }
 
@@ -134,7 +134,7 @@ impl<'a> Ruled<'a> {
         let keys = union.iter().filter(|kept| **kept).count();
         let missed = measured.then(|| {
             let n = tokens.end;
-            let scores = self.scores(pair.row);
+            let scores = self.scores(pair.row, n);
             let share = |g: usize| {
                 let (mut near, mut far) = (Mass::NONE, Mass::NONE);
                 let (sinks, clustered) = scores[g * n..(g + 1) * n].split_at(tokens.start);

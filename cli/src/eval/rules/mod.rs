@@ -169,7 +169,7 @@ impl Working {
 
     /// `n` keys by the group's mean probability for the queries of a row.
     fn best_keys(sight: &dyn Sight, place: &Place, row: usize, n: usize) -> Vec<u32> {
-        let scores = sight.scores(row);
+        let scores = sight.scores(row, place.end);
         let heads: Vec<(&[f32], &[f32])> = scores.chunks_exact(place.end).map(|s| s.split_at(place.first)).collect();
         let sinks: Vec<&[f32]> = heads.iter().map(|h| h.0).collect();
         let clustered: Vec<Vec<f32>> = heads.iter().map(|h| h.1.to_vec()).collect();
@@ -192,8 +192,9 @@ impl Working {
             let orders: Vec<Vec<usize>> = scores.iter().map(|s| best_first(s)).collect();
             return Choice::Heads(until_union(&orders, &sizes, keys).into_iter().map(tokens).collect());
         }
-        let exact = sight.scores(place.row);
-        let sinks: Vec<&[f32]> = exact.chunks_exact(place.end).map(|s| &s[..place.first]).collect();
+        let of_sinks = sight.scores(place.row, place.first);
+        let sink = |g: usize| &of_sinks[g * place.first..(g + 1) * place.first];
+        let sinks: Vec<&[f32]> = (0..place.n_group).map(sink).collect();
         Choice::Group(tokens(until(&best_first(&group_mean(&scores, &sinks, &sizes)), &sizes, keys)))
     }
 

@@ -69,12 +69,9 @@ impl Sight for Random {
     fn keys(&self) -> Vec<f32> {
         self.keys[self.place.first * D..].to_vec()
     }
-    fn scores(&self, row: usize) -> Vec<f32> {
+    fn scores(&self, row: usize, n: usize) -> Vec<f32> {
         let heads = 0..self.place.n_group;
-        heads
-            .flat_map(|g| (0..self.place.end).map(move |t| (g, t)))
-            .map(|(g, t)| self.score(row, g, t) as f32)
-            .collect()
+        heads.flat_map(|g| (0..n).map(move |t| (g, t))).map(|(g, t)| self.score(row, g, t) as f32).collect()
     }
 }
 
