@@ -6,7 +6,7 @@ use anyhow::{ensure, Context as _, Result};
 use ggml_squeeze::backend::{Capture, DenseLayers};
 use ggml_squeeze::build::{self, Assembly, BuiltLayer, LayerCapture, Settings};
 use ggml_squeeze::config::DEFAULT_MIN_PREFIX;
-use ggml_squeeze::index::{self, BuildSettings, IndexMeta, IndexParts, ModelFile, Rope, SketchParts, SKETCH_TOLERANCE};
+use ggml_squeeze::index::{self, BuildSettings, IndexMeta, IndexParts, ModelFile, Rope, SketchParts};
 
 use crate::gpu::Clustering;
 use crate::llama::{Context, Model, ModelArgs};
@@ -285,8 +285,11 @@ pub(crate) fn cluster(capture: &Capture, index: &mut Assembly, make: &mut Make) 
         match made.with_context(|| format!("cannot index layer {number}"))? {
             Made::Layer(made, Some(sketch)) => {
                 let margin = index.begin(&layer, *made, sketch)?;
+                let [k, v] = index::tolerances(number, margin.tolerance().unwrap_or_default());
+                let most = if margin.is_later { "most " } else { "" };
                 eprintln!(
-                    "sketch of layer {number}: tokens at least {:.3} apart, positions {:.3}; rows may be {SKETCH_TOLERANCE:.3} off",
+                    "sketch of layer {number}: {most}tokens at least {:.3} apart, {most}positions {:.3}; rows may be {k:.3} off in K, \
+                     {v:.3} in V",
                     margin.nearest_token, margin.nearest_position
                 );
             }

@@ -13,15 +13,19 @@ use super::rows::{is_quantised, CacheRows, Part, Row, Rows};
 use super::stats::log;
 use crate::attention::{Element, Rotation};
 use crate::hadamard::rotate;
-use crate::index::{peak_run, reserved, Index, IndexError, PEAK_RUN};
+use crate::index::{peak_run, reserved, tolerances, Index, IndexError, PEAK_RUN};
 
 /// Largest relative distance of the probed rows of a later layer, where batch shapes alone give up to 0.015 and a Q8_0 cache
 /// up to 0.05.
 pub const PROBE_TOLERANCE: f32 = 0.08;
+/// The same where the sketch is not of layer 0: rows of such a model differ more (0.064 over 64 rows of Gemma-3-270M's last layer).
+pub const PROBE_TOLERANCE_LATER: f32 = 0.15;
 /// The same where K or V is Q4_0: its rounding adds up over the layers, to a median of 0.26 in Qwen2.5-Coder-0.5B.
 pub const PROBE_TOLERANCE_Q4_0: f32 = 0.5;
 /// Largest relative distance of the peaks of a row. On one machine 0.0005 was seen, half-precision rounding.
 pub const PEAK_TOLERANCE: f32 = 0.0075;
+/// Largest distance of the peaks of a later layer's row, as a share of what its elements may have; 0.6 was seen.
+const PEAK_SHARE_LATER: f32 = 0.75;
 /// Rounding of a quantised row is allowed for this many times over in the square of a distance. Normal errors of 16 elements
 /// exceed five times their mean in 1 row of 5 10^9; four times would be 1 of 10^7, too often for long prefixes.
 const NOISE_ALLOWANCE: f32 = 5.0;
@@ -147,8 +151,10 @@ impl Matcher {
         let sketch = index.sketch();
         let n = index.meta().n_prefix();
         let of = |rows: &[f16], tolerance| limits(rows, (rows.len() / n.max(1)).max(1), n, tolerance);
-        let (k_limit, v_limit) = (of(sketch.k, sketch.tolerance)?, of(sketch.v, sketch.tolerance)?);
-        let (k_peak_limit, v_peak_limit) = (of(sketch.k_peaks, PEAK_TOLERANCE)?, of(sketch.v_peaks, PEAK_TOLERANCE)?);
+        let [k, v] = tolerances(sketch.layer, sketch.tolerance);
+        let (k_limit, v_limit) = (of(sketch.k, k)?, of(sketch.v, v)?);
+        let [k, v] = [k, v].map(|t| if sketch.layer == 0 { PEAK_TOLERANCE } else { PEAK_SHARE_LATER * t });
+        let (k_peak_limit, v_peak_limit) = (of(sketch.k_peaks, k)?, of(sketch.v_peaks, v)?);
         let by_element = Order::new(sketch.k, sketch.k_dims.len(), &k_limit)?;
         let by_peak = Order::new(sketch.k_peaks, sketch.k_peaks.len() / n.max(1), &k_peak_limit)?;
         let costly = AtomicBool::new(false);
@@ -306,7 +312,11 @@ impl Matcher {
                 return false;
             }
             let coarse = [rows.k.element, rows.v.element].contains(&Element::Q4_0);
-            let tolerance = if coarse { PROBE_TOLERANCE_Q4_0 } else { PROBE_TOLERANCE };
+            let tolerance = match self.index.sketch().layer {
+                _ if coarse => PROBE_TOLERANCE_Q4_0,
+                0 => PROBE_TOLERANCE,
+                _ => PROBE_TOLERANCE_LATER,
+            };
             let mut plain = vec![0.0; rows.k.len];
             let (mut difference, mut norm) = (0f32, 0f32);
             for (expected, &token) in probe.k.chunks_exact(rows.k.len).zip(probe.tokens) {

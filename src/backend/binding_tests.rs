@@ -41,14 +41,15 @@ impl Prefix {
         let rng = &mut StdRng::seed_from_u64(seed);
         let mut rows = || -> Vec<Vec<f32>> { (0..n).map(|_| gaussian(HEADS * dim, rng)).collect() };
         let (k, v) = (rows(), rows());
-        Prefix::of(seed, dim, k, v)
+        Prefix::of(0, seed, dim, k, v)
     }
 
-    fn of(seed: u64, dim: usize, k: Vec<Vec<f32>>, v: Vec<Vec<f32>>) -> Prefix {
+    /// With the sketch in layer 0 or 1.
+    fn of(layer: u32, seed: u64, dim: usize, k: Vec<Vec<f32>>, v: Vec<Vec<f32>>) -> Prefix {
         let n = k.len();
         let half = |rows: &[Vec<f32>]| rows.concat().into_iter().map(f16::from_f32).collect();
         let capture = LayerCapture {
-            layer: 0,
+            layer,
             n_head_kv: HEADS as u32,
             n_group: 1,
             head_dim_k: dim as u32,
@@ -62,6 +63,9 @@ impl Prefix {
         parts.sketch = sketch(&capture).unwrap();
         // The same rows stand for a later layer.
         parts.probes = vec![probe(&LayerCapture { layer: 1, ..capture }, &[20, 40, 70])];
+        if layer > 0 {
+            parts.probes.clear();
+        }
         let index = Index::from_bytes(to_bytes(&parts).unwrap()).unwrap();
         Prefix { k, v, matcher: Matcher::new(Arc::new(index)).unwrap() }
     }
@@ -301,6 +305,29 @@ fn true_rows_are_taken_and_near_ones_are_not() {
     }
 }
 
+/// Rows of a later layer carry the rounding of those below it.
+#[test]
+fn rows_of_a_later_layer_may_be_farther_away_and_values_twice_as_far_as_keys() {
+    let rng = &mut StdRng::seed_from_u64(11);
+    let cells: Vec<u32> = (10..10 + N_PREFIX as u32).collect();
+    let mut rows = || -> Vec<Vec<f32>> { (0..N_PREFIX).map(|_| gaussian(HEADS * 64, rng)).collect() };
+    let (first, later) = (Prefix::of(0, 3, 64, rows(), rows()), Prefix::of(1, 3, 64, rows(), rows()));
+    for element in [Element::F16, Element::BF16, Element::Q8_0] {
+        for (k, v, found) in [(0.07, 0.15, true), (0.14, 0.0, false), (0.0, 0.28, false)] {
+            let of = |p: &Prefix, rng: &mut StdRng| {
+                let mut cache = Cache::new(p, [element; 2], &cells, rng);
+                for (t, cell) in cells.iter().enumerate() {
+                    cache.put(p, &moved(&p.k[t], k, rng), &moved(&p.v[t], v, rng), *cell as usize);
+                }
+                p.matcher.find(&cache.rows(), &all_cells(), &|_| true)
+            };
+            let want = found.then(|| cells.clone());
+            assert_eq!(of(&later, rng), want, "{element:?}, K {k} and V {v} away");
+            assert_eq!(of(&first, rng), None);
+        }
+    }
+}
+
 #[test]
 fn always_cells_are_the_sinks_and_every_cell_that_is_not_clustered() {
     // tokens 0..6 in these cells: 2 sinks, 3 clustered, 1 window; 9 cells in all
@@ -312,7 +339,7 @@ fn always_cells_are_the_sinks_and_every_cell_that_is_not_clustered() {
 fn a_prefix_whose_tokens_are_all_alike_is_given_up_not_searched_for_ever() {
     let rng = &mut StdRng::seed_from_u64(5);
     let (k, v) = (gaussian(HEADS * 64, rng), gaussian(HEADS * 64, rng));
-    let p = Prefix::of(5, 64, vec![k.clone(); N_PREFIX], vec![v.clone(); N_PREFIX]);
+    let p = Prefix::of(0, 5, 64, vec![k.clone(); N_PREFIX], vec![v.clone(); N_PREFIX]);
     // Rows near to every token in K, and to none in V.
     let types = [Element::F16, Element::F16];
     let mut cache = Cache::new(&p, types, &[], rng);

@@ -7,7 +7,9 @@ use half::prelude::*;
 
 use super::{BuildError, LayerCapture, Settings};
 use crate::hadamard::rotate;
-use crate::index::{peak_run, ProbeParts, SketchParts, SketchView, PEAK_RUN, SKETCH_TOLERANCE};
+use crate::index::{
+    peak_run, tolerances, ProbeParts, SketchParts, SketchView, LATER_TOLERANCE, PEAK_RUN, SKETCH_TOLERANCE,
+};
 use crate::random::split_mix;
 
 /// Elements kept of a K row and of a V row in layer 0.
@@ -23,6 +25,8 @@ const FEW_PAIRS: usize = 64;
 /// Rows that `sketch_margin` compares with each other at most; more are thinned out evenly.
 const MARGIN_ROWS: usize = 16384;
 const PROBES: usize = 4;
+/// Rows that the margin of a later layer is taken from, each compared with all.
+const LATER_ROWS: usize = 512;
 
 /// How well a sketch tells its own tokens apart; infinite where there is nothing to tell.
 ///
@@ -30,16 +34,23 @@ const PROBES: usize = 4;
 /// and a quarter of the root mean square norm of all rows.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SketchMargin {
-    /// Smallest distance between V parts of different tokens.
+    /// Smallest distance between V parts of different tokens. Of a later layer than 0: what 99 of 100 tokens have at least.
     pub nearest_token: f32,
-    /// Smallest distance between one token at two positions, the larger one of those of its K and V parts.
+    /// Smallest distance between one token at two positions, the larger one of those of its K and V parts. Of a later layer:
+    /// what 9 of 10 tokens have at least, K counted double; an insertion or omission moves all tokens behind it.
     pub nearest_position: f32,
+    /// Is it of a later layer?
+    pub is_later: bool,
 }
 
 impl SketchMargin {
-    /// How far a row may be from its sketch; `None` where tokens or positions are too near to each other.
+    /// How far a row may be from its sketch ([`tolerances`]); `None` where tokens or positions are too near to each other.
     pub fn tolerance(&self) -> Option<f32> {
-        (self.nearest_token.min(self.nearest_position) >= 2.0 * SKETCH_TOLERANCE).then_some(SKETCH_TOLERANCE)
+        let nearest = self.nearest_token.min(self.nearest_position);
+        match self.is_later {
+            true => (nearest >= LATER_TOLERANCE).then_some(LATER_TOLERANCE),
+            false => (nearest >= 2.0 * SKETCH_TOLERANCE).then_some(SKETCH_TOLERANCE),
+        }
     }
 }
 
@@ -71,7 +82,7 @@ pub fn sketch(capture: &LayerCapture) -> Result<SketchParts, BuildError> {
     let (k_block, v_block) = cache_blocks(capture.head_dim_k, capture.head_dim_v);
     let k_peaks = peaks(&capture.k, row_k, k_block as usize);
     let v_peaks = peaks(&capture.v, row_v, v_block as usize);
-    let (layer, tolerance) = (capture.layer, SKETCH_TOLERANCE);
+    let (layer, tolerance) = (capture.layer, if capture.layer == 0 { SKETCH_TOLERANCE } else { LATER_TOLERANCE });
     Ok(SketchParts { layer, tolerance, k_dims, v_dims, k, v, k_block, v_block, k_peaks, v_peaks })
 }
 
@@ -93,18 +104,19 @@ pub(super) fn extend(old: &SketchView, capture: &LayerCapture) -> Result<SketchP
         return Err(BuildError::NotContinued { token: n, n_old, n_new: n });
     }
     let (k, v) = (take(&capture.k, row_k, old.k_dims), take(&capture.v, row_v, old.v_dims));
-    for (what, stored, found, width) in [
-        ("the keys of the old prefix", old.k, &k, old.k_dims.len()),
-        ("the values of the old prefix", old.v, &v, old.v_dims.len()),
+    let [of_k, of_v] = tolerances(old.layer, old.tolerance);
+    for (what, stored, found, width, tolerance) in [
+        ("the keys of the old prefix", old.k, &k, old.k_dims.len(), of_k),
+        ("the values of the old prefix", old.v, &v, old.v_dims.len(), of_v),
     ] {
         // Both as one table, so that a distance is that between a row of each.
         let both: Vec<f16> = stored.iter().chain(&found[..stored.len()]).copied().collect();
         let table = Table::new(&both, width);
         let apart = (0..n_old as u32).map(|p| table.distance(p, p + n_old as u32));
         let farthest = apart.enumerate().max_by(|a, b| a.1.total_cmp(&b.1));
-        if let Some((token, distance)) = farthest.filter(|(_, distance)| *distance > old.tolerance) {
+        if let Some((token, distance)) = farthest.filter(|(_, distance)| *distance > tolerance) {
             let new = format!("rows {distance:.3} away (token {token})");
-            return Err(differs(what, format!("within {} of the sketch", old.tolerance), new));
+            return Err(differs(what, format!("within {tolerance} of the sketch"), new));
         }
     }
     let peaks = |stored: &[f16], data: &[f16], row: usize, block: u32| {
@@ -273,8 +285,12 @@ fn take(data: &[f16], row: usize, dims: &[u32]) -> Vec<f16> {
 
 /// Measures the margins of a sketch; `tokens` are the ids of the prefix, `[P]`.
 ///
-/// Exact up to 16384 distinct rows (per token, for positions); beyond that evenly thinned out, so an upper bound.
+/// Exact up to 16384 distinct rows (per token, for positions); beyond that evenly thinned out, so an upper bound. Of a later
+/// layer 512 rows at equal steps stand for all.
 pub fn sketch_margin(sketch: &SketchParts, tokens: &[i32]) -> SketchMargin {
+    if sketch.layer > 0 {
+        return later_margin(sketch, tokens);
+    }
     let v = Table::new(&sketch.v, sketch.v_dims.len());
     let mut seen: Vec<u32> = (0..tokens.len() as u32).collect();
     // Equal rows of one token add nothing; what remains is about one row per token id.
@@ -293,7 +309,33 @@ pub fn sketch_margin(sketch: &SketchParts, tokens: &[i32]) -> SketchMargin {
         .into_values()
         .map(|group| k.nearest(group, |_, _| true, |a, b| v.distance(a, b)))
         .fold(f32::INFINITY, f32::min);
-    SketchMargin { nearest_token, nearest_position }
+    SketchMargin { nearest_token, nearest_position, is_later: false }
+}
+
+/// A later layer's rows depend on their context, so a few that are alike say nothing of whether another text is told from this one.
+fn later_margin(sketch: &SketchParts, tokens: &[i32]) -> SketchMargin {
+    let (k, v) = (Table::new(&sketch.k, sketch.k_dims.len()), Table::new(&sketch.v, sketch.v_dims.len()));
+    let n = tokens.len();
+    let (rows, others) = (0..n.min(LATER_ROWS), 0..n.min(MARGIN_ROWS));
+    let count = rows.len();
+    let (mut token, mut position) = (Vec::new(), Vec::new());
+    for a in rows.map(|i| i * n / count) {
+        let (mut other, mut same) = (f32::INFINITY, f32::INFINITY);
+        for b in others.clone().map(|i| i * n / others.len()).filter(|b| *b != a) {
+            let (a, b) = (a as u32, b as u32);
+            match tokens[a as usize] == tokens[b as usize] {
+                true => same = same.min(v.distance(a, b).max(2.0 * k.distance(a, b))),
+                false => other = other.min(v.distance(a, b)),
+            }
+        }
+        token.push(other);
+        position.extend(same.is_finite().then_some(same));
+    }
+    let of = |mut nearest: Vec<f32>, share: usize| {
+        nearest.sort_by(f32::total_cmp);
+        nearest.get(nearest.len() / share).copied().unwrap_or(f32::INFINITY)
+    };
+    SketchMargin { nearest_token: of(token, 100), nearest_position: of(position, 10), is_later: true }
 }
 
 /// Sketch rows in f32 with their norms.

@@ -138,7 +138,7 @@ fn narrow_rows_and_single_tokens_work() {
     let s = sketch(&c).unwrap();
     assert_eq!((&s.k_dims[..], &s.v_dims[..]), (&[0, 1, 2][..], &[0, 1][..]));
     let margin = sketch_margin(&s, &[1]);
-    assert_eq!(margin, SketchMargin { nearest_token: f32::INFINITY, nearest_position: f32::INFINITY });
+    assert_eq!(margin, SketchMargin { nearest_token: f32::INFINITY, nearest_position: f32::INFINITY, is_later: false });
     c.k.clear();
     c.v.clear();
     assert_eq!(sketch(&c).unwrap_err(), BuildError::TooShort { n_prefix: 0, needed: 1 });
@@ -176,10 +176,50 @@ fn a_position_is_told_by_value_too_where_values_depend_on_it() {
 }
 
 #[test]
-fn what_is_less_than_twice_the_tolerance_apart_is_refused() {
-    let of = |nearest_token, nearest_position| SketchMargin { nearest_token, nearest_position }.tolerance();
-    assert_eq!(of(0.06, 0.06), Some(SKETCH_TOLERANCE));
-    assert_eq!((of(0.05, 1.0), of(1.0, 0.05)), (None, None));
+fn the_margin_of_a_later_layer_is_what_most_tokens_have() {
+    let tokens: Vec<i32> = text()[..400].to_vec();
+    let capture = LayerCapture { layer: 5, ..rotary(&tokens) };
+    let s = sketch(&capture).unwrap();
+    let (k, v) = (Table::new(&s.k, DIMS_LATER), Table::new(&s.v, DIMS_LATER));
+    let nearest = |a: usize, same: bool| {
+        let b = (0..400).filter(|b| *b != a && (tokens[a] == tokens[*b]) == same);
+        let of = |b: usize| match (a as u32, b as u32) {
+            (a, b) if same => v.distance(a, b).max(2.0 * k.distance(a, b)),
+            (a, b) => v.distance(a, b),
+        };
+        b.map(of).fold(f32::INFINITY, f32::min)
+    };
+    let margin = sketch_margin(&s, &tokens);
+    assert!(margin.is_later && margin.nearest_token > 2.0 * LATER_TOLERANCE, "{margin:?}");
+    for (got, same, share) in [(margin.nearest_token, false, 100), (margin.nearest_position, true, 10)] {
+        let all: Vec<f32> = (0..400).map(|a| nearest(a, same)).filter(|x| x.is_finite()).collect();
+        let (below, up_to) = (all.iter().filter(|x| **x < got).count(), all.iter().filter(|x| **x <= got).count());
+        assert!(below <= all.len() / share && up_to > all.len() / share, "{below} and {up_to} of {}", all.len());
+    }
+    // Two rows that are alike are no reason to refuse, twenty are.
+    let alike = |n: usize| {
+        let mut c = LayerCapture { layer: 5, ..rotary(&tokens) };
+        let row = HEADS * DIM;
+        for (p, v) in c.v.chunks_exact_mut(row).enumerate() {
+            v.copy_from_slice(&gaussian(row, p as u64).into_iter().map(f16::from_f32).collect::<Vec<_>>());
+        }
+        for p in (0..2 * n).step_by(2).filter(|p| tokens[*p] != tokens[p + 1]) {
+            c.v.copy_within(p * row..(p + 1) * row, (p + 1) * row);
+        }
+        sketch_margin(&sketch(&c).unwrap(), &tokens).tolerance()
+    };
+    assert_eq!((alike(1), alike(10)), (Some(LATER_TOLERANCE), None));
+}
+
+#[test]
+fn what_is_too_near_for_the_tolerance_is_refused() {
+    let of = |nearest_token, nearest_position, is_later| {
+        SketchMargin { nearest_token, nearest_position, is_later }.tolerance()
+    };
+    assert_eq!(of(0.06, 0.06, false), Some(SKETCH_TOLERANCE));
+    assert_eq!((of(0.05, 1.0, false), of(1.0, 0.05, false)), (None, None));
+    assert_eq!(of(0.2, 0.2, true), Some(LATER_TOLERANCE));
+    assert_eq!((of(0.19, 1.0, true), of(1.0, 0.19, true)), (None, None));
 }
 
 #[test]

@@ -10,8 +10,17 @@ pub const FORMAT_VERSION: u32 = 5;
 /// sketch and the cache row that is taken for it. Two tokens or positions of a prefix must be at least twice as far apart.
 pub const SKETCH_TOLERANCE: f32 = 0.03;
 
+/// The same where the sketch is of a later layer than 0, whose rows carry the rounding of the layers below: of V rows. K rows
+/// may be half as far away.
+pub const LATER_TOLERANCE: f32 = 0.2;
+
 /// No index may ask for more: with a tolerance near 1 it could be bound to any text.
 pub const MAX_SKETCH_TOLERANCE: f32 = 0.1;
+
+/// Distances of K and of V rows that a sketch of that layer and tolerance takes for rounding.
+pub fn tolerances(layer: u32, tolerance: f32) -> [f32; 2] {
+    [if layer == 0 { tolerance } else { tolerance / 2.0 }, tolerance]
+}
 
 /// Most elements of K, and of V, that a sketch keeps per token.
 pub const MAX_SKETCH: u32 = 64;
@@ -189,7 +198,8 @@ pub struct LayerParts {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SketchParts {
     pub layer: u32,
-    /// Largest relative distance of elements that is taken for rounding, in K and in V: above 0, at most [`MAX_SKETCH_TOLERANCE`].
+    /// Largest relative distance of elements that is taken for rounding, see [`tolerances`]: above 0, at most
+    /// [`MAX_SKETCH_TOLERANCE`] or, in a later layer, [`LATER_TOLERANCE`].
     pub tolerance: f32,
     /// Elements of the whole K row (`n_head_kv * head_dim_k`) that are kept, ascending.
     pub k_dims: Vec<u32>,

@@ -56,9 +56,10 @@ pub(super) fn header(header: &Header) -> Result<(), IndexError> {
         sketch.n_v
     );
     let tolerance = sketch.tolerance;
+    let most = if sketch.layer == 0 { MAX_SKETCH_TOLERANCE } else { LATER_TOLERANCE };
     ensure!(
-        tolerance > 0.0 && tolerance <= MAX_SKETCH_TOLERANCE,
-        "the tolerance of the sketch is {tolerance}, not above 0 and at most {MAX_SKETCH_TOLERANCE}"
+        tolerance > 0.0 && tolerance <= most,
+        "the tolerance of the sketch is {tolerance}, not above 0 and at most {most}"
     );
     check_peaks(shapes, sketch)?;
     ensure!(probes.len() <= MAX_ROWS, "there are {} probes", probes.len());
