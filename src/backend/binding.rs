@@ -24,7 +24,7 @@ pub const PROBE_TOLERANCE_LATER: f32 = 0.15;
 pub const PROBE_TOLERANCE_Q4_0: f32 = 0.5;
 /// Largest relative distance of the peaks of a row. On one machine 0.0005 was seen, half-precision rounding.
 pub const PEAK_TOLERANCE: f32 = 0.0075;
-/// Largest distance of the peaks of a later layer's row, as a share of what its elements may have; 0.6 was seen.
+/// Largest distance of the peaks of a later layer's row, as a share of what its elements may have; 0.36 was seen in prose.
 const PEAK_SHARE_LATER: f32 = 0.75;
 /// Rounding of a quantised row is allowed for this many times over in the square of a distance. Normal errors of 16 elements
 /// exceed five times their mean in 1 row of 5 10^9; four times would be 1 of 10^7, too often for long prefixes.
