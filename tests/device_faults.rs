@@ -235,7 +235,7 @@ fn calls(case: &Case) -> Result<Stats, String> {
     let text = |e: Error| e.to_string();
     let device = Device::shared(0).map_err(text)?;
     let arrays = Arrays::new(&device, case).map_err(text)?;
-    let context = OpContext::new(scope.clone(), OpOptions::default());
+    let context = OpContext::new(scope, OpOptions::default());
     let index = Some((&case.call.bindings[0].index, LAYER));
     let launch = || {
         // SAFETY: the arrays live until the end of this function; null is the default stream.

@@ -316,12 +316,11 @@ pub fn sketch_margin(sketch: &SketchParts, tokens: &[i32]) -> SketchMargin {
 fn later_margin(sketch: &SketchParts, tokens: &[i32]) -> SketchMargin {
     let (k, v) = (Table::new(&sketch.k, sketch.k_dims.len()), Table::new(&sketch.v, sketch.v_dims.len()));
     let n = tokens.len();
-    let (rows, others) = (0..n.min(LATER_ROWS), 0..n.min(MARGIN_ROWS));
-    let count = rows.len();
+    let spread = |most: usize| (0..n.min(most)).map(move |i| i * n / n.min(most));
     let (mut token, mut position) = (Vec::new(), Vec::new());
-    for a in rows.map(|i| i * n / count) {
+    for a in spread(LATER_ROWS) {
         let (mut other, mut same) = (f32::INFINITY, f32::INFINITY);
-        for b in others.clone().map(|i| i * n / others.len()).filter(|b| *b != a) {
+        for b in spread(MARGIN_ROWS).filter(|b| *b != a) {
             let (a, b) = (a as u32, b as u32);
             match tokens[a as usize] == tokens[b as usize] {
                 true => same = same.min(v.distance(a, b).max(2.0 * k.distance(a, b))),
