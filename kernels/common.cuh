@@ -214,6 +214,12 @@ __device__ __forceinline__ uint32_t cell_of(const Bound &bound, uint32_t token) 
     return bound.cells != nullptr ? bound.cells[token] : bound.first_cell + token;
 }
 
+// What `list_visible` (rows.cu) has listed for a row, if that was for the binding that the row has now; else null.
+__device__ __forceinline__ const uint32_t *listed_of(const Call &call, uint32_t row, int32_t bound) {
+    const bool listed = call.visible != nullptr && call.rows[row] == bound;
+    return listed ? call.visible + static_cast<uint64_t>(row) * call.visible_stride : nullptr;
+}
+
 // Tiles of a pair in all.
 __device__ __forceinline__ uint32_t tiles_of(const Work &work) {
     return work.always_tiles + work.member_tiles + work.estimate_tiles;

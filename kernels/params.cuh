@@ -139,7 +139,8 @@ struct Call {
     float max_bias;
     // 1: bindings of rows were found under this very mask, which lookup then does not look at again.
     uint32_t seen;
-    uint32_t unused;
+    // From one row's list of `visible` to the next.
+    uint32_t visible_stride;
     Bound bound[MAX_BOUND];
     // Workspace. A pair is head_kv * n_row + row, a column pair * group + head of the group.
     float *y;             // [columns][n_cluster] selection scores
@@ -161,10 +162,13 @@ struct Call {
     // In place of clusters 0..n_cluster a pair then has those opened, one after the other.
     uint2 *list;          // [pairs][n_cluster] first member, number of keys
     uint32_t *ids;        // [pairs][n_cluster] number in the index; null without estimate
+    // Null: not listed. [n_row][visible_stride] the cells that a row with the binding of `rows` attends whatever it selects, as far
+    // as its mask shows them, then ~0 up to two tiles, and [n_row] their numbers.
+    const uint32_t *visible, *n_visible;
 };
 
 // Sizes that the other side counts on.
-constexpr int CALL_BYTES = 1096;
+constexpr int CALL_BYTES = 1112;
 constexpr int WORK_BYTES = 24;
 static_assert(sizeof(Call) == CALL_BYTES && sizeof(Work) == WORK_BYTES);
 

@@ -6,6 +6,11 @@
 namespace squeeze {
 namespace {
 
+__device__ __forceinline__ const half *mask_of(const Rows &call, uint32_t row) {
+    const uint32_t stream = row / call.n_query, query = row % call.n_query;
+    return reinterpret_cast<const half *>(call.mask.data + query * call.mask.nb1 + stream % call.mask_streams * call.mask.nb3);
+}
+
 // Does the graph write a cell that the binding holds?
 __device__ bool writes(const Rows &call, const Held &held) {
     bool found = false;
@@ -44,10 +49,8 @@ extern "C" __global__ void __launch_bounds__(ROWS_THREADS) rows_of(const __grid_
     const uint32_t begin = blockIdx.x * ROWS_PART, end = min(begin + ROWS_PART, held.n_prefix);
     const uint32_t first = blockIdx.z * ROWS_EACH;
     for (uint32_t row = first; row < min(first + ROWS_EACH, call.n_row); ++row) {
-        const uint32_t stream = row / call.n_query, query = row % call.n_query;
-        const half *mask = reinterpret_cast<const half *>(call.mask.data + query * call.mask.nb1 +
-                                                          stream % call.mask_streams * call.mask.nb3);
-        bool hidden = stream / call.k_share + call.first_stream != held.stream;
+        const half *mask = mask_of(call, row);
+        bool hidden = row / call.n_query / call.k_share + call.first_stream != held.stream;
         if (!hidden) {
             for (uint32_t token = begin + threadIdx.x; token < end; token += ROWS_THREADS) {
                 const uint32_t cell = held.cells != nullptr ? held.cells[token] : held.first_cell + token;
@@ -85,6 +88,49 @@ extern "C" __global__ void __launch_bounds__(ROWS_THREADS) rows_of(const __grid_
         *static_cast<volatile uint32_t *>(call.held[threadIdx.x].status) =
             *static_cast<volatile uint32_t *>(call.held[threadIdx.x].valid);
     }
+}
+
+// Lists the cells that each row attends whatever it selects, in order: of those that a row of its binding always attends, or of all, the
+// ones that its mask shows. Each block counts for itself what comes before its part. Grid: (parts of the longest list, n_row).
+extern "C" __global__ void __launch_bounds__(LIST_THREADS) list_visible(const __grid_constant__ Rows call) {
+    constexpr int EACH = LIST_PART / LIST_THREADS, WARPS = LIST_THREADS / 32;
+    static_assert(WARPS == 32 && LIST_PADDING == 32, "a lane per warp, and per entry behind the list");
+    __shared__ uint32_t own_of[WARPS], before_of[WARPS];
+    const uint32_t row = blockIdx.y, first = blockIdx.x * LIST_PART, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int32_t bound = call.rows[row];
+    const uint32_t *always = bound >= 0 ? call.held[bound].always : nullptr;
+    const uint32_t n = bound >= 0 ? call.held[bound].n_always : call.n_kv;
+    if (first >= n && first > 0) return;
+    const half *mask = mask_of(call, row);
+    auto cell_at = [&](uint32_t i) {
+        const uint32_t cell = i >= n ? ~0u : always != nullptr ? always[i] : i;
+        return cell < call.n_kv && __half_as_ushort(mask[cell]) != 0xfc00 ? cell : ~0u;
+    };
+    uint32_t before = 0;
+#pragma unroll 8
+    for (uint32_t i = threadIdx.x; i < first; i += LIST_THREADS) before += cell_at(i) != ~0u;
+    uint32_t cells[EACH], shown[EACH], own = 0;
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) cells[j] = cell_at(first + 32 * (EACH * warp + j) + lane);
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+        shown[j] = __ballot_sync(~0u, cells[j] != ~0u);
+        own += __popc(shown[j]);
+    }
+    before = __reduce_add_sync(~0u, before);
+    if (lane == 0) own_of[warp] = own, before_of[warp] = before;
+    __syncthreads();
+    before = __reduce_add_sync(~0u, before_of[lane] + (lane < warp ? own_of[lane] : 0));
+    uint32_t *list = call.visible + static_cast<uint64_t>(row) * call.visible_stride;
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+        if (cells[j] != ~0u) list[before + __popc(shown[j] & ((1u << lane) - 1))] = cells[j];
+        before += __popc(shown[j]);
+    }
+    // The last part's last warp has seen all.
+    if (first + LIST_PART < n || warp + 1 < WARPS) return;
+    if (lane == 0) call.n_visible[row] = before;
+    list[before + lane] = ~0u;
 }
 
 namespace {

@@ -10,6 +10,11 @@ constexpr int ROWS_THREADS = 256;
 constexpr uint32_t ROWS_PART = 2048;
 // Rows that a block looks at, one after the other.
 constexpr uint32_t ROWS_EACH = 16;
+// Of `list_visible`: threads of a block, and cells that it looks at.
+constexpr int LIST_THREADS = 1024;
+constexpr uint32_t LIST_PART = 8192;
+// Entries behind a list: attend fetches two tiles at a time.
+constexpr uint32_t LIST_PADDING = 2 * TILE;
 // Tensors of row numbers that a graph writes its cache by.
 constexpr int MAX_WRITTEN = 4;
 
@@ -31,7 +36,8 @@ struct Held {
     uint32_t *valid;
     // Host memory: `valid` after the last launch.
     uint32_t *status;
-    uint32_t first_cell, n_prefix, stream, n_cell, k_bytes, v_bytes;
+    const uint32_t *always;
+    uint32_t first_cell, n_prefix, stream, n_cell, k_bytes, v_bytes, n_always, unused;
 };
 
 struct Rows {
@@ -44,9 +50,11 @@ struct Rows {
     uint32_t *hidden, *done;
     // `n_row` may be 0: then only the bindings are checked.
     // The first `n_choice` bindings are those that rows may have.
-    uint32_t n_query, n_row, n_kv, k_share, first_stream, mask_streams, n_bound, n_choice, n_written, unused;
+    uint32_t n_query, n_row, n_kv, k_share, first_stream, mask_streams, n_bound, n_choice, n_written, visible_stride;
     // Host memory: rows that have a binding, after the last launch.
     uint32_t *n_sparse;
+    // As in `Call`.
+    uint32_t *visible, *n_visible;
 };
 
 // What a search compares of the K or the V rows of a cache, in the basis of the index.
@@ -70,7 +78,7 @@ struct Gather {
     uint32_t n_cell, unused;
 };
 
-constexpr int ROWS_BYTES = 488;
+constexpr int ROWS_BYTES = 568;
 constexpr int GATHER_BYTES = 88;
 static_assert(sizeof(Rows) == ROWS_BYTES && sizeof(Gather) == GATHER_BYTES);
 

@@ -224,6 +224,7 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
     }
     if (__syncthreads_or(bad)) {
         work.bound = -1;
+        if (listed_of(call, row, -1) != nullptr) work.always_tiles = (call.n_visible[row] + TILE - 1) / TILE;
         if (threadIdx.x == 0) call.work[pair] = work;
         return;
     }
@@ -476,7 +477,8 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
             call.work[pair] = work;
             return;
         }
-        work.always_tiles = (bound.n_always + TILE - 1) / TILE;
+        const bool listed = listed_of(call, row, work.bound) != nullptr;
+        work.always_tiles = ((listed ? call.n_visible[row] : bound.n_always) + TILE - 1) / TILE;
         work.member_tiles = (key_total + TILE - 1) / TILE;
         work.estimate_tiles = call.estimate && kept_total < n ? n_tile : 0;
         call.work[pair] = work;

@@ -303,10 +303,10 @@ impl Matcher {
         meta.n_prefix() - meta.n_window as usize - 1
     }
 
-    /// Do the probe rows of later layers agree? `rows_of(layer)` gives that layer's cache, `None` where it is not known.
+    /// Do the probe rows of later layers agree? `rows_of(layer)` gives that layer's cache; those without are not compared.
     pub fn probes_agree(&self, cells: &[u32], rows_of: &dyn Fn(u32) -> Option<CacheRows>) -> bool {
         self.index.probes().iter().all(|probe| {
-            let Some(rows) = rows_of(probe.layer) else { return false };
+            let Some(rows) = rows_of(probe.layer) else { return true };
             let block = self.rotation(rows.k.element, rows.v.element).k;
             if probe.k.len() != rows.k.len * probe.tokens.len() || (block > 0 && rows.k.len % block != 0) {
                 return false;

@@ -6,13 +6,15 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::binding::{always_cells, Matcher};
+use super::binding::always_cells;
 use super::layers::Layers;
+use super::pass::{claims, Claim, Member};
 use super::rows::CacheRows;
 use super::runtime::{count, Snapshot};
 use super::stats::log;
 use super::tensor::Tensor;
 use crate::attention::Binding;
+use crate::index::Index;
 
 /// Prefix tokens whose sketch is compared again in every graph, in turn.
 const ROTATING_SAMPLE: usize = 16;
@@ -28,10 +30,13 @@ pub struct Bound {
     /// Cells that its row saw, and that were not being written, when longer indexes were last looked for.
     pub tried: usize,
     holds: Vec<bool>,
+    /// Where other backends have layers of the index.
+    claim: Option<Arc<Claim>>,
     always: Option<(usize, Arc<[u32]>)>,
-    /// K and V of the last clustered token in the deepest indexed layer, as they were when bound. That row depends on every
+    /// K and V of the last clustered token in the deepest indexed layer that is here, as they were when bound. That row depends on every
     /// prefix token, so another text, restored or recomputed in these cells, changes its bits.
     guard: Vec<u8>,
+    guard_layer: u32,
     next_sample: usize,
 }
 
@@ -70,10 +75,16 @@ pub struct Caches {
     generation: u64,
     /// Indexes of which it was said already why they are not used.
     told: Vec<usize>,
+    member: Member,
 }
 
-fn guard_layer(matcher: &Matcher) -> u32 {
-    matcher.index.shapes().last().map_or(0, |s| s.layer)
+/// What another backend claims of an index in this pass, if a row sees those cells and none is unusable.
+fn claimed(index: &Arc<Index>, stream: usize, visible: &[u32], usable: &dyn Fn(u32) -> bool) -> Option<Arc<Claim>> {
+    let fits = |claim: &Arc<Claim>| {
+        let is_seen = |cell: &u32| usable(*cell) && visible.binary_search(cell).is_ok();
+        Arc::ptr_eq(&claim.index, index) && claim.stream == stream && claim.cells.iter().all(is_seen)
+    };
+    claims().into_iter().find(fits)
 }
 
 fn bytes_of(rows: &CacheRows, cell: usize) -> Vec<u8> {
@@ -81,15 +92,16 @@ fn bytes_of(rows: &CacheRows, cell: usize) -> Vec<u8> {
 }
 
 impl Caches {
-    /// Forgets cache tensors of an earlier pass and bindings of replaced indexes. `lowest` is the lowest layer of the graph at
-    /// hand.
-    pub fn begin(&mut self, lowest: u32, snapshot: &Snapshot) {
-        self.layers.begin(lowest);
+    /// Forgets cache tensors of an earlier pass and bindings of replaced indexes. The graph at hand has the caches of these layers:
+    /// lowest and deepest.
+    pub fn begin(&mut self, layers: (u32, u32), snapshot: &Snapshot) {
+        self.layers.begin(layers.0);
         if self.generation != snapshot.generation {
             self.bound.clear();
             self.told.clear();
             self.generation = snapshot.generation;
         }
+        self.member.enter(Some(layers), self.bound.iter().filter_map(|bound| bound.claim.as_ref()));
     }
 
     pub fn see(&mut self, layer: u32, k: Option<Tensor>, v: Option<Tensor>) {
@@ -110,6 +122,8 @@ impl Caches {
                 "its cells are overwritten"
             } else if !self.still_holds(&mut bound, snapshot) {
                 "its cells hold something else now"
+            } else if bound.claim.as_ref().is_some_and(|claim| claim.is_refused()) {
+                "another device has other keys for it"
             } else {
                 kept.push(bound);
                 continue;
@@ -162,7 +176,7 @@ impl Caches {
             }
             bound.next_sample = (bound.next_sample + ROTATING_SAMPLE) % n;
         }
-        match self.rows(guard_layer(matcher), bound.stream) {
+        match self.rows(bound.guard_layer, bound.stream) {
             Some(deep) => last < deep.n_cell && bytes_of(&deep, last) == bound.guard,
             None => true,
         }
@@ -184,14 +198,31 @@ impl Caches {
             if n < snapshot.config.min_prefix_cpu() || visible.len() < n {
                 continue;
             }
-            let Some(rows) = self.rows(matcher.index.sketch().layer, stream) else { continue };
-            let written: Vec<u32> = writes.cells(rows.n_cell, stream).map(|cell| cell as u32).collect();
-            let Some(cells) = matcher.find(&rows, visible, &|cell| !written.contains(&cell)) else { continue };
-            // a part of the model (an eval callback, layers split over servers) says nothing about the rest
-            if matcher.index.probes().iter().any(|probe| self.rows(probe.layer, stream).is_none()) {
-                continue;
+            let index = &matcher.index;
+            let is_here = |layer: u32| self.rows(layer, stream).is_some();
+            let Some(deepest) = index.shapes().iter().map(|s| s.layer).filter(|l| is_here(*l)).max() else { continue };
+            let Some(deep) = self.rows(deepest, stream) else { continue };
+            let written: Vec<u32> = writes.cells(deep.n_cell, stream).map(|cell| cell as u32).collect();
+            let usable = |cell| !written.contains(&cell);
+            let (cells, mut claim) = match self.rows(index.sketch().layer, stream) {
+                Some(rows) => match matcher.find(&rows, visible, &usable) {
+                    Some(cells) => (Arc::from(cells), None),
+                    None => continue,
+                },
+                None => match claimed(index, stream, visible, &usable) {
+                    Some(claim) => (claim.cells.clone(), Some(claim)),
+                    None => continue,
+                },
+            };
+            let probes = || index.probes().iter().map(|probe| probe.layer);
+            // other backends have the rest, or nobody (an eval callback, layers split over servers)
+            if claim.is_none() && !index.shapes().iter().map(|s| s.layer).chain(probes()).all(is_here) {
+                claim = Some(self.member.claim(index, stream, &cells));
             }
             if !matcher.probes_agree(&cells, &|layer| self.rows(layer, stream)) {
+                if let Some(claim) = &claim {
+                    claim.refuse();
+                }
                 let model = &matcher.index.meta().model.name;
                 self.tell(
                     snapshot,
@@ -203,7 +234,12 @@ impl Caches {
                 );
                 continue;
             }
-            let Some(deep) = self.rows(guard_layer(matcher), stream) else { continue };
+            if let Some(claim) = &claim {
+                claim.agree(probes().filter(|layer| self.rows(*layer, stream).is_some()));
+                if !claim.is_complete() {
+                    continue;
+                }
+            }
             let contiguous = cells.windows(2).all(|w| w[1] == w[0] + 1);
             if snapshot.config.log > 0 {
                 let how = if contiguous { "contiguous" } else { "scattered" };
@@ -211,14 +247,16 @@ impl Caches {
                 log(format_args!("{index} is bound: {n} tokens from cell {first} of stream {stream}, {how}"));
             }
             count(|s| s.bound += 1);
-            let mut holds = vec![false; rows.n_cell];
+            let mut holds = vec![false; deep.n_cell];
             cells.iter().for_each(|&c| holds[c as usize] = true);
             let guard = bytes_of(&deep, cells[matcher.last_clustered()] as usize);
             self.bound.push(Bound {
                 index_number,
                 stream,
-                cells: cells.into(),
+                cells,
                 contiguous,
+                claim,
+                guard_layer: deepest,
                 tried: visible.len() - written.iter().filter(|c| visible.binary_search(c).is_ok()).count(),
                 holds,
                 always: None,

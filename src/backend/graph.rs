@@ -10,6 +10,7 @@ use std::sync::{Arc, OnceLock};
 use ggml_sys as sys;
 
 use super::cache::{Caches, Writes, MAX_SEARCHES};
+use super::layers::ends;
 use super::runtime::{count, stats, Loaded, Snapshot};
 use super::stats::{log, Reason};
 use super::tensor::{problem, Half, Tensor};
@@ -280,8 +281,8 @@ impl Instance {
                 _ => writes.opaque = true,
             }
         }
-        if let Some(lowest) = seen.iter().map(|s| s.0).min() {
-            self.caches.begin(lowest, snapshot);
+        if let Some(layers) = ends(&seen) {
+            self.caches.begin(layers, snapshot);
         }
         for (layer, half, root) in seen {
             let (k, v) = if half == Half::K { (Some(root), None) } else { (None, Some(root)) };

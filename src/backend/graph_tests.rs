@@ -64,15 +64,22 @@ impl Graph {
 
     /// An attention op per layer, with the writer before them.
     fn survey(&mut self, instance: &mut Instance, snapshot: &Snapshot) -> Writes {
+        self.survey_of(0..2, instance, snapshot)
+    }
+
+    /// The same of some layers; the writer is in the graph of the first.
+    fn survey_of(&mut self, layers: Range<usize>, instance: &mut Instance, snapshot: &Snapshot) -> Writes {
         let mut nodes: Vec<sys::ggml_tensor> = Vec::new();
-        for layer in 0..2 {
+        for layer in layers.clone() {
             let mut node = tensor("attention", sys::GGML_TYPE_F32, [1, 1], [4, 4], std::ptr::null_mut());
             node.op = sys::GGML_OP_FLASH_ATTN_EXT;
             node.src[1] = &mut self.roots[2 * layer];
             node.src[2] = &mut self.roots[2 * layer + 1];
             nodes.push(*node);
         }
-        let raw = [&*self.writer as *const _, &nodes[0] as *const _, &nodes[1] as *const _];
+        let writer = [&*self.writer as *const sys::ggml_tensor];
+        let writers = writer.iter().copied().take(usize::from(layers.start == 0));
+        let raw: Vec<_> = writers.chain(nodes.iter().map(|node| node as *const _)).collect();
         // SAFETY: alive until the end of this function; what the instance remembers of them are the roots, which live in
         // `self`.
         let nodes: Vec<Tensor> = raw.iter().filter_map(|&n| unsafe { Tensor::new(n) }).collect();
@@ -129,6 +136,41 @@ fn a_binding_ends_with_a_write_to_its_cells_whatever_the_type() {
         graph.survey(&mut instance, &snapshot);
         assert!(instance.caches.bound.is_empty(), "{types:?}");
     }
+}
+
+#[test]
+fn backends_with_a_layer_each_bind_what_all_agree_on() {
+    let types = [Element::F16; 2];
+    let p = Prefix::new(7, N_PREFIX, 64);
+    let cells: Vec<u32> = (3..3 + N_PREFIX as u32).collect();
+    let mut cache = Cache::new(&p, types, &cells, &mut StdRng::seed_from_u64(1));
+    let other = Prefix::new(8, N_PREFIX, 64);
+    let mut other = Cache::new(&other, types, &cells, &mut StdRng::seed_from_u64(1));
+    let snapshot = snapshot(p);
+    let visible: Vec<u32> = (0..N_CELL as u32).collect();
+    let [mut first, mut second] = <[Instance; 2]>::default();
+    // What a pass finds in the first layer, on one backend, and in the second, with rows of this cache, on the other.
+    let mut pass = |deeper: &mut Cache, visible: &[u32]| {
+        [(&mut first, &mut cache, 0..1), (&mut second, deeper, 1..2)].map(|(instance, cache, layers)| {
+            let mut graph = Graph::new(cache, types, sys::GGML_OP_SET_ROWS, N_CELL as i64 - 1);
+            let writes = graph.survey_of(layers, instance, &snapshot);
+            let before = instance.caches.bound.len();
+            let found = instance.caches.search(&snapshot, 1, 0, visible, &writes);
+            instance.caches.bound.truncate(1);
+            (before, found.is_some())
+        })
+    };
+    let mut same = Cache { k: Vec::new(), v: Vec::new(), ..cache };
+    (same.k, same.v) = (cache.k.clone(), cache.v.clone());
+    assert_eq!(pass(&mut other, &visible), [(0, false), (0, false)], "the second layer is another text's");
+    assert_eq!(pass(&mut same, &visible), [(0, false), (0, true)], "the first does not know yet");
+    assert_eq!(pass(&mut same, &visible), [(0, true), (1, true)]);
+    assert_eq!(pass(&mut same, &visible), [(1, true), (1, true)]);
+    // The second backend's rows are replaced: it lets go at once, the first one with the next graph.
+    assert_eq!(pass(&mut other, &visible), [(1, true), (0, false)]);
+    assert_eq!(pass(&mut other, &visible), [(0, false), (0, false)]);
+    // A row that does not see all of the cells.
+    assert_eq!(pass(&mut same, &visible[..N_CELL / 2]), [(0, false), (0, false)]);
 }
 
 #[test]

@@ -5,7 +5,13 @@
 use std::collections::HashMap;
 
 use super::rows::CacheRows;
-use super::tensor::{cache_rows, Tensor};
+use super::tensor::{cache_rows, Half, Tensor};
+
+/// Lowest and deepest layer of the caches that a graph shows.
+pub fn ends(seen: &[(u32, Half, Tensor)]) -> Option<(u32, u32)> {
+    let layers = || seen.iter().map(|s| s.0);
+    Some((layers().min()?, layers().max()?))
+}
 
 /// K and V of each layer, as the present pass has them.
 #[derive(Default)]

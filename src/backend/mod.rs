@@ -8,6 +8,7 @@ mod graph;
 mod hook;
 mod layers;
 mod op;
+mod pass;
 mod plugin;
 mod rows;
 mod runtime;

@@ -425,8 +425,17 @@ fn prefills_that_do_not_fit_are_refused_with_the_reason() {
     let bounds: Vec<&Bound> = gpu.bounds.iter().collect();
     let selection = Selection { estimate: true, ..gpu.selection };
     let (problem, rotation) = (gpu.problem, Rotation::default());
-    let call =
-        Call { problem, rotation, layer: LAYER, selection, rows: 0, seen: false, bounds: &bounds, first_stream: 0 };
+    let call = Call {
+        problem,
+        rotation,
+        layer: LAYER,
+        selection,
+        rows: 0,
+        seen: false,
+        visible: None,
+        bounds: &bounds,
+        first_stream: 0,
+    };
     let refused = |call: PrefillCall<'_>| Prefill::bytes_for(&device, &call).expect_err("it does not fit").to_string();
     let call = PrefillCall { call, tile: 16, portable: false, slots: 0 };
     assert!(refused(call).contains("the estimate is on"));

@@ -1,6 +1,8 @@
 //! What is done once per graph: each row's binding by its mask, and what ends a binding.
 
-use ggml_squeeze::attention::cuda::{gather, Compared, DeviceRows, Masks, RowMap, RowNumbers, Stream, Watched};
+use ggml_squeeze::attention::cuda::{
+    gather, Compared, DeviceRows, Masks, RowMap, RowNumbers, Stream, Visible, Watched,
+};
 
 use super::attend_case::{decode, encode};
 use super::*;
@@ -132,6 +134,67 @@ fn a_change_of_the_guarded_rows_ends_a_binding() {
         f.cache.write(at, &[0x7bffu16]).unwrap();
         assert_eq!(f.run(&map), [-1, 1, 1, -1, -1, -1]);
         assert!(!f.a.held() && f.b.held());
+    }
+}
+
+/// A case's call with bindings and lists as its map has found them.
+fn through_a_map(device: &Arc<Device>, case: &Case, gpu: &OnGpu) {
+    let (p, n_kv) = (&gpu.problem, gpu.problem.k.ne[1]);
+    let watched = |(stream, b): (usize, &attention::Binding)| {
+        let resident = Resident::of(&b.index, device, case.call.rotation.v).unwrap();
+        Watched::new(Bound::new(resident, &b.cells, n_kv, stream as u32).unwrap(), &b.cells, n_kv).unwrap()
+    };
+    let watched: Vec<Watched> = case.call.bindings.iter().enumerate().map(watched).collect();
+    let [_, n_query, _, n_stream] = p.q.ne;
+    let mask = p.mask.expect("a case with a mask");
+    let masks = Masks { mask, n_query, n_stream, k_streams: p.k.ne[3], first_stream: 0, n_kv };
+    let all: Vec<(&Watched, bool)> = watched.iter().map(|w| (w, false)).collect();
+    let map = RowMap::new(device, Some(&masks), &all, all.len(), &[]).unwrap();
+    let stream = Stream::new(device).unwrap();
+    // SAFETY: everything lives in this function.
+    unsafe { map.launch(&stream) }.unwrap();
+    for (row, (list, own)) in map.lists().unwrap().iter().zip(case.call.rows.iter()).enumerate() {
+        let shown = |cell: &u32| case.mask[row * n_kv + *cell as usize] != f16::NEG_INFINITY;
+        let want: Vec<u32> = match own {
+            Row::Sparse(b) => case.call.bindings[*b as usize].always.iter().copied().filter(shown).collect(),
+            _ => (0..n_kv as u32).filter(shown).collect(),
+        };
+        assert_eq!(list, &want, "row {row}");
+    }
+    let bounds: Vec<&Bound> = watched.iter().map(|w| &w.bound).collect();
+    let outputs = [None, map.visible()].map(|visible: Option<Visible>| {
+        let (rows, problem) = (map.rows(), gpu.problem);
+        let (rotation, selection) = (gpu.rotation, gpu.selection);
+        let call = Call {
+            problem,
+            rotation,
+            layer: LAYER,
+            selection,
+            rows,
+            seen: true,
+            visible,
+            bounds: &bounds,
+            first_stream: 0,
+        };
+        let workspace = Workspace::for_calls(device, &[&call]).unwrap();
+        gpu.launch(&Attention::new(device, &call, &workspace).unwrap());
+        gpu.output()
+    });
+    let want: Vec<f64> = outputs[0].iter().map(|x| f64::from(*x)).collect();
+    let e = error(&outputs[1], &want);
+    assert!(e <= 5e-4, "relative error {e}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn listed_cells_are_those_that_the_mask_shows(spec in specs(), n_other in 0usize..40000, quantised in any::<bool>()) {
+        if let Some(device) = gpu() {
+            let k_type = if quantised { Element::Q8_0 } else { Element::F16 };
+            let case = Case::new(&Spec { mask: true, n_head_kv: 1, n_other, k_type, ..spec });
+            through_a_map(&device, &case, &OnGpu::new(&device, &case));
+        }
     }
 }
 

@@ -175,24 +175,30 @@ impl Bound {
         self.digests.iter().any(|d| d.0 == layer)
     }
 
+    /// Device address of the cells below `n_kv` that its rows attend whatever they select, and their number.
+    pub(super) fn always(&self, n_kv: usize) -> (u64, usize) {
+        let n_sink = self.resident.index().meta().n_sink as usize;
+        let n_tail = self.always_cells[n_sink..].partition_point(|c| (*c as usize) < n_kv);
+        (self.always.address(), n_sink + n_tail)
+    }
+
     /// Of the fine level, and of the coarse one.
     pub(super) fn parameters(&self, layer: u32, n_kv: usize) -> Option<[params::Bound; 2]> {
         let meta = self.resident.index().meta();
-        let n_sink = meta.n_sink as usize;
-        let n_tail = self.always_cells[n_sink..].partition_point(|c| (*c as usize) < n_kv);
+        let (always, n_always) = self.always(n_kv);
         let guard = self.guards.iter().find(|g| g.0 == layer);
         let digests = self.digests.iter().find(|d| d.0 == layer).map(|d| d.1.address());
         let levels = self.resident.layer(layer)?;
         Some([levels.fine, levels.coarse].map(|layer| params::Bound {
             layer,
             cells: self.cells.as_ref().map_or(0, Buffer::address),
-            always: self.always.address(),
+            always,
             guard: guard.map_or(0, |g| g.2.address()),
             valid: self.valid.address(),
             digests: digests.unwrap_or(0),
             turns: digests.map_or(0, |at| at + 8 * meta.n_prefix() as u64),
             first_cell: self.first_cell,
-            n_always: (n_sink + n_tail) as u32,
+            n_always: n_always as u32,
             guard_cell: guard.map_or(0, |g| g.1),
             target: 0,
             floor: 0,

@@ -53,6 +53,7 @@ pub struct Device {
     /// By `params::HEAD_DIMS_V`.
     pub(super) merge: [sys::CUfunction; params::HEAD_DIMS_V.len()],
     pub(super) rows_of: sys::CUfunction,
+    pub(super) list_visible: sys::CUfunction,
     pub(super) gather: sys::CUfunction,
     /// Those of some types and head sizes, once a call has wanted them.
     pub(super) lookups: Mutex<Vec<Lookup>>,
@@ -175,6 +176,7 @@ impl Device {
             digest: NONE,
             merge: [NONE; params::HEAD_DIMS_V.len()],
             rows_of: NONE,
+            list_visible: NONE,
             gather: NONE,
             lookups: Mutex::new(Vec::new()),
             attends: Mutex::new(Vec::new()),
@@ -241,7 +243,8 @@ impl Device {
         let [digest, rows, select, merge] =
             [self.load(DIGEST)?, self.load(ROWS)?, self.load(SELECT)?, self.load(MERGE)?];
         self.digest = function(digest, "digest")?;
-        [self.rows_of, self.gather] = [function(rows, "rows_of")?, function(rows, "gather")?];
+        [self.rows_of, self.list_visible, self.gather] =
+            [function(rows, "rows_of")?, function(rows, "list_visible")?, function(rows, "gather")?];
         for (to, d) in self.merge.iter_mut().zip(params::HEAD_DIMS_V) {
             *to = function(merge, &format!("merge_{d}"))?;
         }

@@ -26,10 +26,22 @@ pub struct Call<'a> {
     /// Were the rows' bindings found under this very mask? Then it is not looked at again, which takes longer than all else
     /// that lookup does behind a long prefix.
     pub seen: bool,
+    /// What the map that found the bindings has listed; `rows` is the map's then. None: masks are looked at in the kernels.
+    pub visible: Option<Visible>,
     /// At most 4.
     pub bounds: &'a [&'a Bound],
     /// Stream of the cache that K begins with.
     pub first_stream: u32,
+}
+
+/// Lists of the cells that query rows attend whatever they select: device addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Visible {
+    /// `[n_row]` lists, one every `stride` numbers.
+    pub(super) cells: u64,
+    /// `[n_row]` their lengths.
+    pub(super) counts: u64,
+    pub(super) stride: u32,
 }
 
 /// Device memory that calls on one stream share, one after the other.

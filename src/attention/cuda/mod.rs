@@ -22,7 +22,7 @@ mod stream;
 pub use bound::Bound;
 pub use device::Device;
 pub(crate) use device::{KMEANS_ASSIGN, KMEANS_CENTRE, KMEANS_REPAIR, KMEANS_SORT, KMEANS_SUMMARY, KMEANS_UNIT};
-pub use launch::{Attention, Call, Workspace, STAGES};
+pub use launch::{Attention, Call, Visible, Workspace, STAGES};
 pub use memory::{is_on, Buffer};
 pub(crate) use memory::{Carver, Pinned};
 pub(crate) use module::Module;

@@ -168,7 +168,7 @@ pub(super) struct Call {
     pub v_stage: u32,
     pub max_bias: f32,
     pub seen: u32,
-    pub unused: u32,
+    pub visible_stride: u32,
     pub bound: [Bound; MAX_BOUND],
     pub y: u64,
     pub x: u64,
@@ -186,6 +186,8 @@ pub(super) struct Call {
     pub dropped: u64,
     pub list: u64,
     pub ids: u64,
+    pub visible: u64,
+    pub n_visible: u64,
 }
 
 /// Bytes of a kept cluster in the workspace.

@@ -4,13 +4,17 @@ use std::sync::Arc;
 
 use super::params::type_number;
 use super::params::{Strided, MAX_BOUND};
-use super::{Bound, Buffer, Device, Error, Mapped, Stream, MAX_PREFILL_ROWS};
+use super::{Bound, Buffer, Device, Error, Mapped, Stream, Visible, MAX_PREFILL_ROWS, MAX_ROWS};
 use crate::attention::Element;
 
 const THREADS: usize = 256;
 const PART: usize = 2048;
 /// Rows that a block looks at.
 const EACH: usize = 16;
+/// Of the kernel that lists cells: threads of a block, cells that it looks at, and entries behind a list.
+const LIST_THREADS: usize = 1024;
+const LIST_PART: usize = 8192;
+const LIST_PADDING: usize = 32;
 /// Tensors of row numbers of one graph at most.
 pub const MAX_WRITTEN: usize = 4;
 
@@ -32,12 +36,15 @@ struct Held {
     guard: u64,
     valid: u64,
     status: u64,
+    always: u64,
     first_cell: u32,
     n_prefix: u32,
     stream: u32,
     n_cell: u32,
     k_bytes: u32,
     v_bytes: u32,
+    n_always: u32,
+    unused: u32,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -58,8 +65,10 @@ struct Parameters {
     n_bound: u32,
     n_choice: u32,
     n_written: u32,
-    unused: u32,
+    visible_stride: u32,
     n_sparse: u64,
+    visible: u64,
+    n_visible: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -164,13 +173,17 @@ impl Watched {
         self.status.get(0) != 0
     }
 
-    fn parameters(&self) -> Held {
+    /// For a graph over cells below `n_kv`.
+    fn parameters(&self, n_kv: usize) -> Held {
         let own = self.bound.place();
+        let (always, n_always) = self.bound.always(n_kv);
         let mut held = Held {
             cells: own.cells,
             holds: self.holds.address(),
             valid: own.valid,
             status: self.status.address(0),
+            always,
+            n_always: n_always as u32,
             first_cell: own.first_cell,
             n_prefix: own.n_prefix,
             stream: own.stream,
@@ -204,6 +217,8 @@ pub struct RowMap {
     parameters: Parameters,
     n_part: u32,
     memory: Buffer,
+    /// Cells that rows attend whatever they select; of a decode alone.
+    listed: Option<(Buffer, Visible)>,
     /// Rows that had a binding in the last launch that is done.
     n_sparse: Mapped,
 }
@@ -262,7 +277,7 @@ impl RowMap {
             parameters.mask_streams = m.mask.ne[3].max(1) as u32;
         }
         for (to, (from, guarded)) in parameters.held.iter_mut().zip(watched) {
-            *to = from.parameters();
+            *to = from.parameters(parameters.n_kv as usize);
             if !guarded {
                 (to.guard, to.k_bytes, to.v_bytes) = (0, 0, 0);
             }
@@ -272,12 +287,52 @@ impl RowMap {
         }
         let longest = parameters.held.iter().map(|h| h.n_prefix).max().unwrap_or(0) as usize;
         let n_part = if n_row == 0 { 1 } else { longest.div_ceil(PART).max(1) as u32 };
-        Ok(RowMap { device: device.clone(), parameters, n_part, memory, n_sparse })
+        let mut map = RowMap { device: device.clone(), parameters, n_part, memory, listed: None, n_sparse };
+        if n_choice > 0 && (1..=MAX_ROWS).contains(&n_row) {
+            map.list()?;
+        }
+        Ok(map)
+    }
+
+    /// Makes room for the lists of visible cells.
+    fn list(&mut self) -> Result<(), Error> {
+        let n_row = self.n_row();
+        let stride = self.longest_list() + LIST_PADDING;
+        let buffer = Buffer::new(&self.device, "the rows of a graph", 4 * n_row * (stride + 1))?;
+        let (counts, cells) = (buffer.address(), buffer.address() + 4 * n_row as u64);
+        let stride = stride as u32;
+        let p = &mut self.parameters;
+        (p.n_visible, p.visible, p.visible_stride) = (counts, cells, stride);
+        self.listed = Some((buffer, Visible { cells, counts, stride }));
+        Ok(())
+    }
+
+    /// Cells that a row may attend whatever it selects.
+    fn longest_list(&self) -> usize {
+        let p = &self.parameters;
+        p.held.iter().take(p.n_choice as usize).map(|h| h.n_always).fold(p.n_kv, u32::max) as usize
+    }
+
+    /// What calls of the graph find of each row after a launch.
+    pub fn visible(&self) -> Option<Visible> {
+        self.listed.as_ref().map(|own| own.1)
     }
 
     /// Device address of `[n_row]` i32: each row's binding, by its place in the list; -1: none.
     pub fn rows(&self) -> u64 {
         self.memory.address()
+    }
+
+    /// What was listed for each row in the last launch, for tests. Waits for the device.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    #[doc(hidden)]
+    pub fn lists(&self) -> Result<Vec<Vec<u32>>, Error> {
+        let Some((buffer, own)) = &self.listed else { return Ok(Vec::new()) };
+        let lengths: Vec<u32> = buffer.read(0, self.n_row())?;
+        let at = |row: usize| 4 * (lengths.len() + row * own.stride as usize);
+        lengths.iter().enumerate().map(|(row, n)| buffer.read(at(row), *n as usize)).collect()
     }
 
     /// Rows that had a binding in the last launch that is done; before the first, all.
@@ -309,7 +364,15 @@ impl RowMap {
         let rows = self.n_row().div_ceil(EACH).max(1) as u32;
         let grid = [self.n_part, self.parameters.n_bound, rows];
         // SAFETY: the kernel takes these parameters; the rest is the caller's contract.
-        unsafe { self.device.start(self.device.rows_of, grid, [THREADS, 1], &self.parameters, false, stream.raw()) }
+        unsafe {
+            self.device.start(self.device.rows_of, grid, [THREADS, 1], &self.parameters, false, stream.raw())?;
+            if self.listed.is_some() {
+                let grid = [self.longest_list().div_ceil(LIST_PART) as u32, self.n_row() as u32, 1];
+                let list = self.device.list_visible;
+                self.device.start(list, grid, [LIST_THREADS, 1], &self.parameters, false, stream.raw())?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -393,6 +456,8 @@ mod tests {
             ("ROWS_THREADS", THREADS),
             ("ROWS_PART", PART),
             ("ROWS_EACH", EACH),
+            ("LIST_THREADS", LIST_THREADS),
+            ("LIST_PART", LIST_PART),
             ("MAX_WRITTEN", MAX_WRITTEN),
             ("ROWS_BYTES", size_of::<Parameters>()),
             ("GATHER_BYTES", size_of::<Gather>()),

@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use super::super::binding::Matcher;
 use super::super::layers::Layers;
+use super::super::pass::{claims, Claim, Member};
 use super::super::rows::{is_quantised, CacheRows, Rows};
-use super::super::runtime::{count, Snapshot};
+use super::super::runtime::{count, Loaded, Snapshot};
 use super::super::stats::log;
 use super::make::make_room;
 use crate::attention::cuda::{self, Bound, Compared, Device, DeviceRows, Error, Resident, RowNumbers, Stream, Watched};
 use crate::attention::Element;
+use crate::index::Index;
 
 /// Elements of a K or a V row that a search copies at most; a sketch has 16.
 const ELEMENTS_MAX: usize = 64;
@@ -27,6 +29,8 @@ pub struct Binding {
     pub watched: Watched,
     /// Layer whose rows end it when they change, and where they were.
     pub guard: (u32, DeviceRows),
+    /// Where other backends have layers of the index.
+    claim: Option<Arc<Claim>>,
 }
 
 /// A query row of the graph at hand, as its mask shows it.
@@ -58,6 +62,7 @@ pub struct Bindings {
     told: Vec<usize>,
     fruitless: u32,
     pause: u32,
+    member: Member,
 }
 
 /// What a search needs of its backend.
@@ -99,15 +104,18 @@ impl Bindings {
         true
     }
 
-    /// Drops bindings that a graph that is done found ended; true if there was any.
+    /// Drops bindings that a graph that is done found ended, or another device has refused; true if there was any.
     pub fn drop_ended(&mut self, snapshot: &Snapshot) -> bool {
         let before = self.all.len();
         self.all.retain(|b| {
-            let holds = b.watched.held();
-            if !holds {
-                ended(b, snapshot, "its cells are overwritten or hold something else now");
-            }
-            holds
+            let refused = b.claim.as_ref().is_some_and(|claim| claim.is_refused());
+            let why = match (b.watched.held(), refused) {
+                (true, false) => return true,
+                (false, _) => "its cells are overwritten or hold something else now",
+                (_, true) => "another device has other keys for it",
+            };
+            ended(b, snapshot, why);
+            false
         });
         self.all.len() != before
     }
@@ -125,8 +133,16 @@ impl Bindings {
         self.pause = LONGEST_PAUSE;
     }
 
+    /// A graph with the caches of these layers, lowest and deepest, is next.
+    pub fn enter(&mut self, layers: Option<(u32, u32)>) {
+        self.member.enter(layers, self.all.iter().filter_map(|b| b.claim.as_ref()));
+    }
+
     /// Shall a new graph look for bindings? Seldom, while nothing is found.
     pub fn wants_search(&mut self) -> bool {
+        if self.member.has_news() {
+            return true;
+        }
         if self.pause > 0 {
             self.pause -= 1;
             return false;
@@ -165,6 +181,9 @@ impl Bindings {
                 if row.cells.len() < n || n < min_prefix(matcher) {
                     continue;
                 }
+                if layers.rows(matcher.index.sketch().layer, row.stream).is_none() {
+                    continue;
+                }
                 let written_rows = match &written_rows {
                     Some(rows) => rows,
                     None => written_rows.insert(read_numbers(written, gpu)?),
@@ -175,9 +194,46 @@ impl Bindings {
                 }
             }
         }
+        found |= self.follow_claims(snapshot, layers, seen, written, gpu, min_prefix)?;
         self.fruitless = if found { 0 } else { (self.fruitless + 1).min(LONGEST_PAUSE.ilog2() + 4) };
         // The first few cost little; an index that never fits shall not be looked for all the time.
         self.pause = if self.fruitless > 4 { 1 << (self.fruitless - 4) } else { 0 };
+        Ok(found)
+    }
+
+    /// Binds what backends with earlier layers claim in this pass; true if something new is. Waits for the device.
+    fn follow_claims(
+        &mut self,
+        snapshot: &Snapshot,
+        layers: &Layers,
+        seen: &[Seen],
+        written: &[RowNumbers],
+        gpu: &Gpu<'_>,
+        min_prefix: &dyn Fn(&Matcher) -> usize,
+    ) -> Result<bool, Error> {
+        let mut found = false;
+        for claim in claims() {
+            let (stream, cells) = (claim.stream, &claim.cells);
+            let same = |loaded: &Loaded| Arc::ptr_eq(&loaded.matcher.index, &claim.index);
+            let Some(number) = snapshot.indexes.iter().position(same) else { continue };
+            if layers.rows(claim.index.sketch().layer, stream).is_some() {
+                continue;
+            }
+            self.member.look(&claim);
+            let is_it = |b: &Binding| b.index_number == number && b.stream == stream && b.cells == *cells;
+            let long_enough = cells.len() >= min_prefix(&snapshot.indexes[number].matcher);
+            let is_seen = || seen.iter().any(|row| row.stream == stream && row.all(cells));
+            if self.all.iter().any(is_it) || !long_enough || !is_seen() {
+                continue;
+            }
+            let Some(deep) = deepest(layers, &claim.index, stream) else { continue };
+            let Some(rows) = device_rows(layers, deep, stream) else { continue };
+            let being_written = written_cells(&read_numbers(written, gpu)?, rows.n_cell, stream);
+            let inside = cells.iter().all(|cell| (*cell as usize) < rows.n_cell);
+            if inside && !being_written.iter().any(|cell| cells.contains(cell)) {
+                found |= self.bind(snapshot, number, layers, (stream, cells), Some(claim.clone()), gpu)?;
+            }
+        }
         Ok(found)
     }
 
@@ -217,20 +273,35 @@ impl Bindings {
         // SAFETY: rows of a live cache of this backend.
         let copy = unsafe { cuda::gather(&rows, n_cell, &k, &v, gpu.device, gpu.stream)? };
         let compact = compact(&copy, &full, &k, &v, n_cell);
-        let being_written: Vec<u32> = written
-            .iter()
-            .filter(|r| **r >= 0 && **r as usize / rows.n_cell == stream)
-            .map(|r| (*r as usize % rows.n_cell) as u32)
-            .collect();
+        let being_written = written_cells(written, rows.n_cell, stream);
         let Some(cells) = matcher.find(&compact, &row.cells, &|cell| !being_written.contains(&cell)) else {
             return Ok(false);
         };
+        self.bind(snapshot, number, layers, (stream, &cells.into()), None, gpu)
+    }
+
+    /// Binds cells that hold the index's tokens, if rows of later layers agree: those here, and those of other backends, which
+    /// `claim` knows of where it was one of them that found the cells. Waits for the device.
+    fn bind(
+        &mut self,
+        snapshot: &Snapshot,
+        number: usize,
+        layers: &Layers,
+        (stream, cells): (usize, &Arc<[u32]>),
+        mut claim: Option<Arc<Claim>>,
+        gpu: &Gpu<'_>,
+    ) -> Result<bool, Error> {
+        let matcher = &snapshot.indexes[number].matcher;
         let index = &matcher.index;
-        // Layers on another device: nothing vouches for what is here.
-        if index.probes().iter().any(|p| device_rows(layers, p.layer, stream).is_none()) {
-            return Ok(false);
+        let is_here = |layer: u32| device_rows(layers, layer, stream).is_some();
+        let probes = || index.probes().iter().map(|probe| probe.layer);
+        if claim.is_none() && !index.shapes().iter().map(|s| s.layer).chain(probes()).all(is_here) {
+            claim = Some(self.member.claim(index, stream, cells));
         }
-        if !probes_agree(matcher, layers, stream, &cells, gpu)? {
+        if !probes_agree(matcher, layers, stream, cells, gpu)? {
+            if let Some(claim) = &claim {
+                claim.refuse();
+            }
             let model = &index.meta().model.name;
             let why = format_args!(
                 "has other keys in later layers than this cache for the same tokens: another model than {model}, a LoRA, or \
@@ -239,13 +310,20 @@ impl Bindings {
             self.tell(snapshot, number, why);
             return Ok(false);
         }
-        let deepest =
-            index.shapes().iter().map(|s| s.layer).filter(|l| device_rows(layers, *l, stream).is_some()).max();
-        let Some(deepest) = deepest else { return Ok(false) };
-        let Some(deep) = device_rows(layers, deepest, stream) else { return Ok(false) };
+        if let Some(claim) = &claim {
+            claim.agree(probes().filter(|layer| is_here(*layer)));
+            if !claim.is_complete() {
+                return Ok(false);
+            }
+        }
+        let Some(deepest) = deepest(layers, index, stream) else { return Ok(false) };
+        let (Some(deep), Some(full)) = (device_rows(layers, deepest, stream), layers.rows(deepest, stream)) else {
+            return Ok(false);
+        };
+        let rotation = matcher.rotation(full.k.element, full.v.element);
         let resident = Resident::of(index, gpu.device, rotation.v)?;
-        let bound = Bound::new(resident, &cells, rows.n_cell, stream as u32)?;
-        let mut watched = Watched::new(bound, &cells, rows.n_cell)?;
+        let bound = Bound::new(resident, cells, deep.n_cell, stream as u32)?;
+        let mut watched = Watched::new(bound, cells, deep.n_cell)?;
         let last = cells[matcher.last_clustered()] as usize;
         // SAFETY: as above; plans check that the rows are where they were.
         unsafe { watched.guard(deep, last, gpu.stream)? };
@@ -261,7 +339,8 @@ impl Bindings {
         let last_cell = cells.iter().copied().max().unwrap_or(0) as usize;
         let guard = (deepest, deep);
         make_room(&mut self.all);
-        self.all.push(Binding { index_number: number, stream, cells: cells.into(), last_cell, watched, guard });
+        let cells = cells.clone();
+        self.all.push(Binding { index_number: number, stream, cells, last_cell, watched, guard, claim });
         Ok(true)
     }
 
@@ -272,6 +351,17 @@ impl Bindings {
             log(format_args!("{} {why}", name(snapshot, index_number)));
         }
     }
+}
+
+/// Deepest indexed layer that is here.
+fn deepest(layers: &Layers, index: &Index, stream: usize) -> Option<u32> {
+    index.shapes().iter().map(|s| s.layer).filter(|layer| device_rows(layers, *layer, stream).is_some()).max()
+}
+
+/// Cells of one stream of `n_cell` among written rows.
+fn written_cells(rows: &[i64], n_cell: usize, stream: usize) -> Vec<u32> {
+    let own = rows.iter().filter(|r| **r >= 0 && **r as usize / n_cell == stream);
+    own.map(|r| (*r as usize % n_cell) as u32).collect()
 }
 
 fn ended(binding: &Binding, snapshot: &Snapshot, why: &str) {
@@ -319,7 +409,7 @@ fn read_numbers(written: &[RowNumbers], gpu: &Gpu<'_>) -> Result<Vec<i64>, Error
     Ok(all)
 }
 
-/// Compares the probed rows of later layers, which it copies to the host.
+/// Compares the probed rows of later layers that are here, which it copies to the host.
 fn probes_agree(
     matcher: &Matcher,
     layers: &Layers,
@@ -335,7 +425,7 @@ fn probes_agree(
     tokens.iter().enumerate().for_each(|(at, t)| places[*t as usize] = at as u32);
     let mut copies: Vec<(u32, Vec<u8>)> = Vec::new();
     for probe in matcher.index.probes() {
-        let Some(rows) = device_rows(layers, probe.layer, stream) else { return Ok(false) };
+        let Some(rows) = device_rows(layers, probe.layer, stream) else { continue };
         let bytes = rows.types[0].row_bytes(rows.k.2);
         let mut copy = vec![0; bytes * tokens.len()];
         for (token, to) in tokens.iter().zip(copy.chunks_exact_mut(bytes)) {

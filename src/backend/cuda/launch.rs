@@ -112,5 +112,15 @@ pub(super) fn dense_call(problem: &Problem, rows: u64) -> Call<'static> {
     let mode = Mode::Budget(1.0);
     let selection = Selection { mode, spread: Spread::None, alpha: 0.0, estimate: false, coarse_share: 1.0 };
     let rotation = Rotation::default();
-    Call { problem: *problem, rotation, layer: 0, selection, rows, seen: true, bounds: &[], first_stream: 0 }
+    Call {
+        problem: *problem,
+        rotation,
+        layer: 0,
+        selection,
+        rows,
+        seen: true,
+        visible: None,
+        bounds: &[],
+        first_stream: 0,
+    }
 }

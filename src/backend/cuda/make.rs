@@ -36,12 +36,23 @@ pub(super) fn min_prefix_of(index: &Index) -> usize {
     shapes.map(|s| cuda::min_prefix(s.n_head_kv as usize, s.head_dim_k as usize)).max().unwrap_or(usize::MAX)
 }
 
-/// Is a dense kernel, which visits each cell once for all rows, faster than so many rows of a decode, each of which visits what it keeps and
-/// all cells that are in no cluster? Most of those are other sequences', hidden by the mask: such a visit takes a third of one
-/// that fetches keys (docs/gpu.md).
-pub(super) fn are_too_many(n_row: usize, n_kv: usize, n_clustered: usize, mode: Mode) -> bool {
+/// Would a dense kernel, which visits each cell once for all rows, visit fewer than these rows of a decode? Each visits what it keeps and
+/// what it sees of the cells that are in no cluster of its own; one without a binding all that it sees. `seen`: how many cells each
+/// row sees, and whether a binding is among them; none: it is not known, and of cells in no cluster each is taken to be one row's.
+pub(super) fn are_too_many(
+    n_row: usize,
+    n_kv: usize,
+    n_clustered: usize,
+    seen: Option<&[(usize, bool)]>,
+    mode: Mode,
+) -> bool {
     let kept = if let Mode::Budget(share) = mode { (f64::from(share) * n_clustered as f64) as usize } else { 0 };
-    (2..=MAX_ROWS).contains(&n_row) && n_row * (n_kv.saturating_sub(n_clustered) / 3 + kept) > n_kv
+    let of_row = |(n, bound): &(usize, bool)| if *bound { kept + n.saturating_sub(n_clustered) } else { *n };
+    let visits = match seen {
+        Some(rows) => rows.iter().map(of_row).sum(),
+        None => n_row * kept + n_kv.saturating_sub(n_clustered),
+    };
+    (2..=MAX_ROWS).contains(&n_row) && visits > n_kv
 }
 
 /// Why a node is none of ours whatever is bound, if so.
@@ -304,11 +315,14 @@ impl Ready {
         if sites.is_empty() {
             return Ok(None);
         }
+        let sees =
+            |row: &Seen| choice.iter().any(|i| bindings[*i].stream == row.stream && row.all(&bindings[*i].cells));
+        let seen = seen.map(|rows| rows.iter().map(|row| (row.cells.len(), sees(row))).collect::<Vec<_>>());
         // Whoever says from which prefix on wants it there.
         if snapshot.config.min_prefix.is_none() {
             let meta = index_of(best).meta();
             let n_clustered = meta.n_prefix() - (meta.n_sink + meta.n_window) as usize;
-            if are_too_many(p.n_row(), p.k.ne[1], n_clustered, own.mode) {
+            if are_too_many(p.n_row(), p.k.ne[1], n_clustered, seen.as_deref(), own.mode) {
                 dense.extend(sites.drain(..).map(|_| Reason::Rows));
                 return Ok(None);
             }
@@ -323,13 +337,9 @@ impl Ready {
 
         let map = self.map(Some(&masks(first, mask)), &choice, &survey.written)?;
         if let Some(rows) = &seen {
-            let bindings = &self.bindings.all;
-            let sees =
-                |row: &&Seen| choice.iter().any(|i| bindings[*i].stream == row.stream && row.all(&bindings[*i].cells));
-            map.expect(rows.iter().filter(sees).count() * p.n_row() / rows.len().max(1));
+            map.expect(rows.iter().filter(|row| row.1).count() * p.n_row() / rows.len().max(1));
         }
-        let rows = map.rows();
-        let launches = self.launches(sites, &choice, own, rotation, rows, snapshot.config.tile)?;
+        let launches = self.launches(sites, &choice, own, rotation, &map, snapshot.config.tile)?;
         let mut made = Vec::new();
         let mut left = Vec::new();
         for (i, launch) in launches.into_iter().enumerate() {
@@ -388,19 +398,21 @@ impl Ready {
         choice: &[usize],
         selection: Selection,
         rotation: Rotation,
-        rows: u64,
+        map: &RowMap,
         tile: usize,
     ) -> Result<Vec<Result<Launch, Error>>, Error> {
         let all = std::mem::take(&mut self.bindings.all);
         let bounds: Vec<&Bound> = choice.iter().map(|i| &all[*i].watched.bound).collect();
+        let (rows, visible) = (map.rows(), map.visible());
         let call = |site: &&Site| Call {
             problem: site.problem,
             rotation,
             layer: site.layer.unwrap_or(u32::MAX),
             selection,
             rows,
-            // `rows` is what the graph's map has made of its one mask.
+            // What the graph's map has made of its one mask.
             seen: true,
+            visible,
             bounds: &bounds,
             first_stream: site.first_stream as u32,
         };

@@ -52,6 +52,8 @@ enum State {
 /// A planned graph by its number.
 struct Known {
     uid: u64,
+    /// Lowest and deepest layer whose cache it has.
+    layers: Option<(u32, u32)>,
     plan: Plan,
     /// Has it attention nodes? What is counted of them in each run: those left to the stock backend, and those forced.
     attends: bool,
@@ -249,11 +251,17 @@ impl Ready {
             ((*graph).uid, nodes.iter().filter_map(|&n| Tensor::new(n)))
         };
         let known = self.graphs.iter().position(|g| uid != 0 && g.uid == uid);
-        if let Some(at) = known.filter(|at| !(self.graphs[*at].may_bind() && self.bindings.wants_search())) {
-            return Ok(Some(self.book(at)));
+        if let Some(at) = known {
+            self.bindings.enter(self.graphs[at].layers);
+            if !(self.graphs[at].may_bind() && self.bindings.wants_search()) {
+                return Ok(Some(self.book(at)));
+            }
         }
         let nodes: Vec<Tensor> = nodes.collect();
         let survey = Survey::of(&nodes, snapshot, &mut self.layers);
+        if known.is_none() {
+            self.bindings.enter(survey.layers);
+        }
         if let Some(at) = known {
             if !self.search_again(&survey, stock, snapshot)? {
                 return Ok(Some(self.book(at)));
@@ -270,7 +278,7 @@ impl Ready {
         if self.graphs.len() == GRAPHS_MAX {
             self.graphs.remove(0);
         }
-        self.graphs.push(Known { uid, plan, attends, dense, forced });
+        self.graphs.push(Known { uid, layers: survey.layers, plan, attends, dense, forced });
         Ok(Some(self.book(self.graphs.len() - 1)))
     }
 

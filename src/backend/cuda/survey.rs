@@ -4,7 +4,7 @@
 
 use ggml_sys as sys;
 
-use super::super::layers::Layers;
+use super::super::layers::{ends, Layers};
 use super::super::runtime::Snapshot;
 use super::super::stats::Reason;
 use super::super::tensor::{problem, Half, Tensor};
@@ -31,6 +31,8 @@ pub struct Survey {
     /// Attention nodes that are none of ours, whatever is bound.
     pub dense: Vec<Reason>,
     pub written: Vec<RowNumbers>,
+    /// Lowest and deepest layer whose cache it has.
+    pub layers: Option<(u32, u32)>,
     /// An indexed layer's cache is written where it cannot be seen.
     pub opaque: bool,
     /// Every node is one that a captured graph may hold.
@@ -73,7 +75,8 @@ impl Survey {
                 }
             }
         }
-        if let Some(lowest) = seen.iter().map(|s| s.0).min() {
+        survey.layers = ends(&seen);
+        if let Some((lowest, _)) = survey.layers {
             layers.begin(lowest);
         }
         for (layer, half, root) in seen {

@@ -208,12 +208,19 @@ fn a_row_sees_cells_with_or_without_gaps() {
 #[test]
 fn rows_that_visit_too_much_are_left_to_a_dense_kernel() {
     let (prefix, budget) = (65000, Mode::Budget(0.1));
+    let many = |n_row, n_kv, seen: Option<&[(usize, bool)]>| are_too_many(n_row, n_kv, prefix, seen, budget);
     // One sequence and a draft of it, on a cache of its own.
-    assert!(!are_too_many(1, 70000, prefix, budget) && !are_too_many(5, 70000, prefix, budget));
+    assert!(!many(1, 70000, None) && !many(1, 70000, Some(&[(66000, false)])));
+    assert!(!many(5, 70000, None) && !many(5, 70000, Some(&[(66000, true); 5])));
     // Rows that keep more together than there is.
-    assert!(!are_too_many(8, 66000, prefix, budget) && are_too_many(16, 66000, prefix, budget));
-    // Slots on one list of cells, each with a copy of the prefix: two, and four with four short ones beside (docs/gpu.md).
-    assert!(!are_too_many(2, 131000, prefix, budget) && are_too_many(8, 266000, prefix, budget));
+    assert!(
+        !many(8, 70000, Some(&[(66000, true); 8]))
+            && many(16, 70000, Some(&[(66000, true); 16]))
+            && many(16, 66000, None)
+    );
+    // Slots on one list of cells: four with a copy of the prefix each and four short ones, then such with long texts of their own.
+    let slots = |other| [[(66000, true); 4], [(other, false); 4]].concat();
+    assert!(!many(8, 266000, None) && !many(8, 266000, Some(&slots(2000))) && many(8, 526000, Some(&slots(130000))));
     // A prefill is done in tiles.
-    assert!(!are_too_many(MAX_ROWS + 1, 266000, prefix, budget));
+    assert!(!many(MAX_ROWS + 1, 266000, None));
 }
