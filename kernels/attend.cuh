@@ -17,8 +17,9 @@ struct Cells {
     const Call &call;
     const Bound *bound;
     const half *mask;
-    // The cells of `always` that are visible, if they are listed.
-    const uint32_t *listed;
+    // Are the cells of `always` that are visible listed?
+    bool listed;
+    uint32_t row;
     const uint32_t *members;
     const Entry *entries;
     const uint32_t *directory;
@@ -30,7 +31,7 @@ struct Cells {
     }
     __device__ __forceinline__ int always(uint32_t tile, int lane) const {
         const uint32_t i = tile * TILE + lane;
-        if (listed != nullptr) return static_cast<int>(listed[i]);
+        if (listed) return static_cast<int>(call.visible[row * call.visible_stride + i]);
         if (bound == nullptr) return i < call.n_kv ? visible(i) : -1;
         return i < bound->n_always ? visible(bound->always[i]) : -1;
     }

@@ -98,7 +98,7 @@ __device__ void sweep(const Call &call, Shared<DK, NT> &shared, char *room, Stat
     const Bound *bound = work.bound >= 0 ? &call.bound[work.bound] : nullptr;
     const uint32_t stream = RowAt(call, row).stream;
     const char *keys = keys_of(call, stream / call.k_share, head_kv), *values = values_of(call, stream / call.v_share, head_kv);
-    Cells cells = {call, bound, mask_of(call, row), listed_of(call, row, work.bound), nullptr, nullptr, nullptr, work.n_kept, work.n_keys};
+    Cells cells = {call, bound, mask_of(call, row), is_listed(call, row, work.bound), row, nullptr, nullptr, nullptr, work.n_kept, work.n_keys};
     if (bound != nullptr) {
         cells.members = bound->layer.members + static_cast<uint64_t>(head_kv) * bound->layer.n_clustered;
         cells.entries = call.entries + static_cast<uint64_t>(pair) * (call.n_cluster + 1);

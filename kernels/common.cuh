@@ -214,10 +214,9 @@ __device__ __forceinline__ uint32_t cell_of(const Bound &bound, uint32_t token) 
     return bound.cells != nullptr ? bound.cells[token] : bound.first_cell + token;
 }
 
-// What `list_visible` (rows.cu) has listed for a row, if that was for the binding that the row has now; else null.
-__device__ __forceinline__ const uint32_t *listed_of(const Call &call, uint32_t row, int32_t bound) {
-    const bool listed = call.visible != nullptr && call.rows[row] == bound;
-    return listed ? call.visible + static_cast<uint64_t>(row) * call.visible_stride : nullptr;
+// Has `list_visible` (rows.cu) listed a row's cells for the binding that the row has now?
+__device__ __forceinline__ bool is_listed(const Call &call, uint32_t row, int32_t bound) {
+    return call.visible != nullptr && call.rows[row] == bound;
 }
 
 // Tiles of a pair in all.

@@ -224,7 +224,7 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
     }
     if (__syncthreads_or(bad)) {
         work.bound = -1;
-        if (listed_of(call, row, -1) != nullptr) work.always_tiles = (call.n_visible[row] + TILE - 1) / TILE;
+        if (is_listed(call, row, -1)) work.always_tiles = (call.n_visible[row] + TILE - 1) / TILE;
         if (threadIdx.x == 0) call.work[pair] = work;
         return;
     }
@@ -477,8 +477,7 @@ __device__ void select_clusters(const Call &call, Shared &shared) {
             call.work[pair] = work;
             return;
         }
-        const bool listed = listed_of(call, row, work.bound) != nullptr;
-        work.always_tiles = ((listed ? call.n_visible[row] : bound.n_always) + TILE - 1) / TILE;
+        work.always_tiles = ((is_listed(call, row, work.bound) ? call.n_visible[row] : bound.n_always) + TILE - 1) / TILE;
         work.member_tiles = (key_total + TILE - 1) / TILE;
         work.estimate_tiles = call.estimate && kept_total < n ? n_tile : 0;
         call.work[pair] = work;

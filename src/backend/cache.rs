@@ -214,9 +214,9 @@ impl Caches {
                     None => continue,
                 },
             };
-            let probes = || index.probes().iter().map(|probe| probe.layer);
+            let probes: Vec<u32> = index.probes().iter().map(|probe| probe.layer).collect();
             // other backends have the rest, or nobody (an eval callback, layers split over servers)
-            if claim.is_none() && !index.shapes().iter().map(|s| s.layer).chain(probes()).all(is_here) {
+            if claim.is_none() && !index.shapes().iter().map(|s| s.layer).chain(probes.iter().copied()).all(is_here) {
                 claim = Some(self.member.claim(index, stream, &cells));
             }
             if !matcher.probes_agree(&cells, &|layer| self.rows(layer, stream)) {
@@ -235,7 +235,7 @@ impl Caches {
                 continue;
             }
             if let Some(claim) = &claim {
-                claim.agree(probes().filter(|layer| self.rows(*layer, stream).is_some()));
+                claim.agree(probes.into_iter().filter(|layer| self.rows(*layer, stream).is_some()));
                 if !claim.is_complete() {
                     continue;
                 }

@@ -144,6 +144,7 @@ fn backends_with_a_layer_each_bind_what_all_agree_on() {
     let p = Prefix::new(7, N_PREFIX, 64);
     let cells: Vec<u32> = (3..3 + N_PREFIX as u32).collect();
     let mut cache = Cache::new(&p, types, &cells, &mut StdRng::seed_from_u64(1));
+    let mut same = Cache::new(&p, types, &cells, &mut StdRng::seed_from_u64(1));
     let other = Prefix::new(8, N_PREFIX, 64);
     let mut other = Cache::new(&other, types, &cells, &mut StdRng::seed_from_u64(1));
     let snapshot = snapshot(p);
@@ -160,8 +161,6 @@ fn backends_with_a_layer_each_bind_what_all_agree_on() {
             (before, found.is_some())
         })
     };
-    let mut same = Cache { k: Vec::new(), v: Vec::new(), ..cache };
-    (same.k, same.v) = (cache.k.clone(), cache.v.clone());
     assert_eq!(pass(&mut other, &visible), [(0, false), (0, false)], "the second layer is another text's");
     assert_eq!(pass(&mut same, &visible), [(0, false), (0, true)], "the first does not know yet");
     assert_eq!(pass(&mut same, &visible), [(0, true), (1, true)]);
@@ -170,7 +169,7 @@ fn backends_with_a_layer_each_bind_what_all_agree_on() {
     assert_eq!(pass(&mut other, &visible), [(1, true), (0, false)]);
     assert_eq!(pass(&mut other, &visible), [(0, false), (0, false)]);
     // A row that does not see all of the cells.
-    assert_eq!(pass(&mut same, &visible[..N_CELL / 2]), [(0, false), (0, false)]);
+    assert_eq!(pass(&mut same, &visible[4..]), [(0, false), (0, false)]);
 }
 
 #[test]

@@ -108,7 +108,17 @@ fn with<T>(gpu: &OnGpu, many: &Many, then: impl FnOnce(&Prefill, &Workspace) -> 
     let (problem, selection) = (gpu.problem, gpu.selection);
     let Many { tile, checked: seen, portable, slots, .. } = *many;
     let (rotation, rows) = (gpu.rotation, gpu.rows.address());
-    let call = Call { problem, rotation, layer: LAYER, selection, rows, seen, bounds: &bounds, first_stream: 0 };
+    let call = Call {
+        problem,
+        rotation,
+        layer: LAYER,
+        selection,
+        rows,
+        seen,
+        visible: None,
+        bounds: &bounds,
+        first_stream: 0,
+    };
     let call = PrefillCall { call, tile, portable, slots };
     let bytes = Prefill::bytes_for(&gpu.device, &call).unwrap();
     assert!(bytes <= 256 << 20);

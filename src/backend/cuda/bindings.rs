@@ -294,8 +294,8 @@ impl Bindings {
         let matcher = &snapshot.indexes[number].matcher;
         let index = &matcher.index;
         let is_here = |layer: u32| device_rows(layers, layer, stream).is_some();
-        let probes = || index.probes().iter().map(|probe| probe.layer);
-        if claim.is_none() && !index.shapes().iter().map(|s| s.layer).chain(probes()).all(is_here) {
+        let probes: Vec<u32> = index.probes().iter().map(|probe| probe.layer).collect();
+        if claim.is_none() && !index.shapes().iter().map(|s| s.layer).chain(probes.iter().copied()).all(is_here) {
             claim = Some(self.member.claim(index, stream, cells));
         }
         if !probes_agree(matcher, layers, stream, cells, gpu)? {
@@ -311,7 +311,7 @@ impl Bindings {
             return Ok(false);
         }
         if let Some(claim) = &claim {
-            claim.agree(probes().filter(|layer| is_here(*layer)));
+            claim.agree(probes.into_iter().filter(|layer| is_here(*layer)));
             if !claim.is_complete() {
                 return Ok(false);
             }
