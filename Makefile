@@ -21,7 +21,7 @@ plugin:
 
 # Machine code for every GPU generation since Ampere, PTX for later ones.
 release: setup
-	CUDA_HOME=$$(scripts/cuda.sh) GGML_SQUEEZE_CUDA_ARCHS="80 86 89 90 100 120" $(MAKE) plugin
+	CUDA_HOME=$$(scripts/cuda.sh) SQZ_CUDA_ARCHS="80 86 89 90 100 120" $(MAKE) plugin
 	scripts/kernels.sh
 
 # Into an absolute PREFIX, with DESTDIR in front of it; builds nothing, so that it can run as root.

@@ -1,9 +1,9 @@
 //! Link settings of the plugin, and its CUDA kernels where nvcc is found.
 //!
 //! nvcc is looked for in `$CUDA_HOME/bin`, on the `PATH`, in the packages of the `python3` on the `PATH` (nvidia-cuda-nvcc and
-//! its kin) and in /usr/local/cuda/bin. `GGML_SQUEEZE_CUDA=0` leaves the kernels out. `GGML_SQUEEZE_CUDA_ARCHS` names the
+//! its kin) and in /usr/local/cuda/bin. `SQZ_CUDA=0` leaves the kernels out. `SQZ_CUDA_ARCHS` names the
 //! architectures that get machine code, as in "80 90" (default "90"); every other from 8.0 on is served by the driver's
-//! compiler, from PTX.
+//! compiler, from PTX. (Names with GGML_ would have llama.cpp built again for sqz whenever they change.)
 
 use std::env;
 use std::fs;
@@ -75,7 +75,7 @@ fn main() {
     }
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
-    for name in ["CUDA_HOME", "GGML_SQUEEZE_CUDA", "GGML_SQUEEZE_CUDA_ARCHS"] {
+    for name in ["CUDA_HOME", "SQZ_CUDA", "SQZ_CUDA_ARCHS"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
     let out = PathBuf::from(env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
@@ -105,8 +105,8 @@ fn main() {
 
 /// The compiler, or why there is none.
 fn compiler() -> Result<PathBuf, String> {
-    if env::var("GGML_SQUEEZE_CUDA").is_ok_and(|v| v == "0") {
-        return Err("GGML_SQUEEZE_CUDA=0".into());
+    if env::var("SQZ_CUDA").is_ok_and(|v| v == "0") {
+        return Err("SQZ_CUDA=0".into());
     }
     let mut folders: Vec<PathBuf> = Vec::new();
     folders.extend(env::var_os("CUDA_HOME").map(|home| PathBuf::from(home).join("bin")));
@@ -182,7 +182,7 @@ fn text_hash(kernel: &str) -> std::io::Result<u64> {
 /// Compiles as many files at a time as cargo lets us use processors.
 fn compile(nvcc: &Path, out: &Path) -> Result<(), String> {
     let compression = compression(nvcc);
-    let archs = env::var("GGML_SQUEEZE_CUDA_ARCHS").unwrap_or_else(|_| DEFAULT_ARCHS.into());
+    let archs = env::var("SQZ_CUDA_ARCHS").unwrap_or_else(|_| DEFAULT_ARCHS.into());
     let n_job = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1usize).clamp(1, KERNELS.len());
     let (next, logs) = (AtomicUsize::new(0), Mutex::new(vec![Ok(String::new()); KERNELS.len()]));
     thread::scope(|scope| {

@@ -16,7 +16,7 @@ usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [[ $# -gt 0 ]] || usage
 
 tool=$("$root/scripts/tool.sh" cargo-fuzz "$version" cargo-fuzz)
-export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=$work/build GGML_SQUEEZE_CUDA=0
+export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=$work/build SQZ_CUDA=0
 export ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=1}
 cd "$root"
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Packs what a machine without Rust needs to run everything on its GPU: sqz, the plugin, llama.cpp's programs and libraries, ggml's
-# backends, the CUDA tests, those of the attention op, and benches, all in one folder `bin` of OUT/ggml-squeeze.tar.xz (about
+# backends, the CUDA tests, those of the attention op and of selections, and benches, all in one folder `bin` of OUT/ggml-squeeze.tar.xz (about
 # 35 MB), without debug information.
 # There: tar xJf ggml-squeeze.tar.xz; export LD_LIBRARY_PATH=$PWD/bin SQZ_BACKENDS=$PWD/bin; scripts/gpu.sh bin ...
 # Usage: pack.sh OUT     Needs make plugin, scripts/llama.sh and scripts/ggml-cuda.sh.
@@ -34,8 +34,10 @@ for program in llama-bench llama-completion llama-server test-backend-ops; do cp
 cp "$target/release/sqz" "$tmp/bin/"
 cp "$target/release/libggml_squeeze.so" "$tmp/bin/libggml-squeeze.so"
 for file in $(built test cuda kmeans_cuda); do name=$(basename "$file"); cp "$file" "$tmp/bin/test-${name%-*}"; done
-op=$(cargo test --release --workspace --test op --no-run --message-format=json | sed -nE '/"name":"op"/s/.*"executable":"([^"]+)".*/\1/p')
-cp "$op" "$tmp/bin/test-op"
+for name in op selection; do
+    file=$(cargo test --release --workspace --test "$name" --no-run --message-format=json | sed -nE '/"name":"'"$name"'"/s/.*"executable":"([^"]+)".*/\1/p')
+    cp "$file" "$tmp/bin/test-$name"
+done
 for file in $(built bench cuda kmeans_cuda); do name=$(basename "$file"); cp "$file" "$tmp/bin/bench-${name%-*}"; done
 find "$tmp/bin" -type f -exec strip --strip-unneeded {} +
 # One dictionary over all: the kernels are in most of the programs.

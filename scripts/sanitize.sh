@@ -17,7 +17,7 @@ fail() { echo "sanitize.sh: $*" >&2; exit 1; }
 [[ $# -gt 0 ]] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 mkdir -p "$work"
 cd "$root"
-export GGML_SQUEEZE_CUDA=0 PROPTEST_CASES=${PROPTEST_CASES:-24}
+export SQZ_CUDA=0 PROPTEST_CASES=${PROPTEST_CASES:-24}
 # Instrumented vector code takes the optimiser many minutes.
 export CARGO_PROFILE_RELEASE_OPT_LEVEL=1
 

@@ -92,14 +92,14 @@ struct OnGpu {
 
 impl OnGpu {
     fn new(layer: &LayerCapture, index: &Arc<Index>, device: &Arc<Device>) -> Result<OnGpu, cuda::Error> {
-        let of = |bytes: &[u8]| Buffer::of(device, "a test", bytes);
+        let of = |rows: &[half::f16]| Buffer::of(device, "a test", rows);
         let n = index.meta().n_prefix();
         let cells: Vec<u32> = (0..n as u32).collect();
         Ok(OnGpu {
             device: device.clone(),
             stream: Stream::new(device)?,
-            k: of(bytemuck::cast_slice(&layer.k))?,
-            v: of(bytemuck::cast_slice(&layer.v))?,
+            k: of(&layer.k)?,
+            v: of(&layer.v)?,
             bound: Bound::new(Resident::of(index, device, 0)?, &cells, n, 0)?,
         })
     }
