@@ -11,6 +11,8 @@ use ggml_squeeze::random::split_mix;
 use half::f16;
 
 const ALIGNMENT: u64 = 32;
+/// Standard deviation of the elements of queries, hence of attention's scores.
+const QUERY_SIZE: f32 = 3.0;
 /// `<unk>`, `<s>`, `</s>` and the 256 bytes.
 const LEAST_VOCAB: u32 = 259;
 
@@ -197,11 +199,13 @@ fn symmetric(bits: u64) -> u64 {
 }
 
 /// Every matrix maps numbers of unit variance, as RMS norms give them, to such numbers again: activations stay finite however
-/// many layers there are.
+/// many layers there are. Queries are larger, so that some keys stand out as in real models: attention to all alike would give means of
+/// values near zero, whose rounding the check of a capture takes for an error.
 fn tensors(sizes: &Sizes) -> Vec<Tensor> {
     let (embd, kv) = (sizes.n_head * sizes.head_dim, sizes.n_head_kv * sizes.head_dim);
     let matrix = |name: String, width: u32, rows: u32| {
-        let deviation = if name == "token_embd" { 1.0 } else { 1.0 / (width as f32).sqrt() };
+        let size = if name.ends_with("attn_q") { QUERY_SIZE } else { 1.0 };
+        let deviation = if name == "token_embd" { 1.0 } else { size / (width as f32).sqrt() };
         Tensor { name: name + ".weight", width, rows, deviation }
     };
     let norm = |name: String| Tensor { name: name + ".weight", width: embd, rows: 1, deviation: 0.0 };

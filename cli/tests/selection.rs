@@ -159,6 +159,7 @@ impl Agreement {
 #[test]
 #[ignore = "needs a GPU, SQZ_MODEL and SQZ_TEXT"]
 fn cpu_and_gpu_keep_the_same_clusters() {
+    sqz::llama::start(false).unwrap();
     let of = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
     let dir = tempfile::tempdir().unwrap();
     let output: PathBuf = dir.path().join("index.sqz.gguf");
