@@ -274,7 +274,7 @@ def main():
     for name, value in (("prefix", 65536), ("slots", 4), ("tokens", 128), ("rounds", 3), ("requests", 500)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--budget", type=float, default=0.1)
-    parser.add_argument("--gain", type=float, default=1.8)
+    parser.add_argument("--gain", type=float, default=1.0)
     parser.add_argument("--work", help="folder for index and slot file, which are taken from there if they are there")
     args = parser.parse_args()
     args.bin, work = os.path.abspath(args.bin), args.work
