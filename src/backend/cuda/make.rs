@@ -38,19 +38,21 @@ pub(super) fn min_prefix_of(index: &Index) -> usize {
 
 /// Would a dense kernel, which visits each cell once for all rows, visit fewer than these rows of a decode? Each visits what it keeps and
 /// what it sees of the cells that are in no cluster of its own; one without a binding all that it sees. `seen`: how many cells each
-/// row sees, and whether a binding is among them; none: it is not known, and of cells in no cluster each is taken to be one row's.
+/// row sees, and whether a binding is among them; none: it is not known, and each cell in no cluster is taken to be one row's.
+/// `clustered`: keys in clusters of each binding, the longest first.
 pub(super) fn are_too_many(
     n_row: usize,
     n_kv: usize,
-    n_clustered: usize,
+    clustered: &[usize],
     seen: Option<&[(usize, bool)]>,
     mode: Mode,
 ) -> bool {
-    let kept = if let Mode::Budget(share) = mode { (f64::from(share) * n_clustered as f64) as usize } else { 0 };
-    let of_row = |(n, bound): &(usize, bool)| if *bound { kept + n.saturating_sub(n_clustered) } else { *n };
+    let longest = clustered.first().copied().unwrap_or(0);
+    let kept = if let Mode::Budget(share) = mode { (f64::from(share) * longest as f64) as usize } else { 0 };
+    let of_row = |(n, bound): &(usize, bool)| if *bound { kept + n.saturating_sub(longest) } else { *n };
     let visits = match seen {
         Some(rows) => rows.iter().map(of_row).sum(),
-        None => n_row * kept + n_kv.saturating_sub(n_clustered),
+        None => n_row * kept + n_kv.saturating_sub(clustered.iter().sum()),
     };
     (2..=MAX_ROWS).contains(&n_row) && visits > n_kv
 }
@@ -320,9 +322,12 @@ impl Ready {
         let seen = seen.map(|rows| rows.iter().map(|row| (row.cells.len(), sees(row))).collect::<Vec<_>>());
         // Whoever says from which prefix on wants it there.
         if snapshot.config.min_prefix.is_none() {
-            let meta = index_of(best).meta();
-            let n_clustered = meta.n_prefix() - (meta.n_sink + meta.n_window) as usize;
-            if are_too_many(p.n_row(), p.k.ne[1], n_clustered, seen.as_deref(), own.mode) {
+            let clustered = |i: &usize| {
+                let meta = index_of(*i).meta();
+                meta.n_prefix() - (meta.n_sink + meta.n_window) as usize
+            };
+            let clustered: Vec<usize> = choice.iter().map(clustered).collect();
+            if are_too_many(p.n_row(), p.k.ne[1], &clustered, seen.as_deref(), own.mode) {
                 dense.extend(sites.drain(..).map(|_| Reason::Rows));
                 return Ok(None);
             }

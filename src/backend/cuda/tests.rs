@@ -207,20 +207,19 @@ fn a_row_sees_cells_with_or_without_gaps() {
 
 #[test]
 fn rows_that_visit_too_much_are_left_to_a_dense_kernel() {
-    let (prefix, budget) = (65000, Mode::Budget(0.1));
-    let many = |n_row, n_kv, seen: Option<&[(usize, bool)]>| are_too_many(n_row, n_kv, prefix, seen, budget);
+    let many = |n_row, n_kv, n_bound, seen: Option<&[(usize, bool)]>| {
+        are_too_many(n_row, n_kv, &vec![65000; n_bound], seen, Mode::Budget(0.1))
+    };
     // One sequence and a draft of it, on a cache of its own.
-    assert!(!many(1, 70000, None) && !many(1, 70000, Some(&[(66000, false)])));
-    assert!(!many(5, 70000, None) && !many(5, 70000, Some(&[(66000, true); 5])));
+    assert!(!many(1, 70000, 1, None) && !many(1, 70000, 1, Some(&[(66000, false)])));
+    assert!(!many(5, 70000, 1, None) && !many(5, 70000, 1, Some(&[(66000, true); 5])));
     // Rows that keep more together than there is.
-    assert!(
-        !many(8, 70000, Some(&[(66000, true); 8]))
-            && many(16, 70000, Some(&[(66000, true); 16]))
-            && many(16, 66000, None)
-    );
+    assert!(!many(8, 70000, 1, Some(&[(66000, true); 8])) && many(16, 70000, 1, Some(&[(66000, true); 16])));
+    assert!(many(16, 66000, 1, None));
     // Slots on one list of cells: four with a copy of the prefix each and four short ones, then such with long texts of their own.
     let slots = |other| [[(66000, true); 4], [(other, false); 4]].concat();
-    assert!(!many(8, 266000, None) && !many(8, 266000, Some(&slots(2000))) && many(8, 526000, Some(&slots(130000))));
+    assert!(!many(8, 266000, 4, None) && !many(8, 266000, 4, Some(&slots(2000))));
+    assert!(many(8, 526000, 4, Some(&slots(130000))) && many(16, 160000, 1, None) && !many(16, 160000, 2, None));
     // A prefill is done in tiles.
-    assert!(!many(MAX_ROWS + 1, 266000, None));
+    assert!(!many(MAX_ROWS + 1, 266000, 4, None));
 }
