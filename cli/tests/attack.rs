@@ -106,13 +106,36 @@ fn no_prefix_is_taken_for_another() {
     }
 }
 
+/// A token whose text is nearly the same: in capitals, with or without a blank or an `s`; none: it has no such relative.
+fn relative(model: &Model, token: i32, seed: &mut u64) -> Option<i32> {
+    let text = model.text(&[token]);
+    let word = text.trim();
+    let mut forms = [
+        text.to_uppercase(),
+        text.to_lowercase(),
+        format!("{}{}", word.get(..1)?.to_uppercase(), &word[1..]),
+        word.to_string(),
+        format!(" {word}"),
+        format!("{text}s"),
+        text.trim_end_matches('s').to_string(),
+    ];
+    let first = split_mix(seed) as usize % forms.len();
+    forms.rotate_left(first);
+    let of = |form: &String| match model.tokenise(form, false).ok()?[..] {
+        [other] if other != token => Some(other),
+        _ => None,
+    };
+    forms.iter().find_map(of)
+}
+
 /// A prefix that is not the true one, and the place of its first other token.
-fn changed(tokens: &[i32], n_vocab: usize, seed: &mut u64) -> (Vec<i32>, usize) {
+fn changed(model: &Model, tokens: &[i32], seed: &mut u64) -> (Vec<i32>, usize) {
     loop {
         let at = split_mix(seed) as usize % tokens.len();
         let mut other = tokens.to_vec();
-        match split_mix(seed) % 6 {
-            0 | 1 => other[at] = (split_mix(seed) % n_vocab as u64) as i32,
+        match split_mix(seed) % 8 {
+            0 | 1 => other[at] = (split_mix(seed) % model.n_vocab() as u64) as i32,
+            6 | 7 => other[at] = relative(model, tokens[at], seed).unwrap_or(tokens[at]),
             2 => other[at] = tokens[split_mix(seed) as usize % tokens.len()],
             3 => drop(other.remove(at)),
             4 => other.insert(at, tokens[split_mix(seed) as usize % tokens.len()]),
@@ -168,7 +191,7 @@ fn one_case() {
         truth(&mut context, 0, "at first");
         let mut taken = 0;
         for i in 0..attacks {
-            let (other, first) = changed(&tokens, model.n_vocab(), &mut seed);
+            let (other, first) = changed(&model, &tokens, &mut seed);
             context.truncate(if first_layer { first } else { 0 }).unwrap();
             let from = context.n_past().min(other.len());
             if from < other.len() {
