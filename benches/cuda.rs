@@ -389,17 +389,7 @@ fn measure(device: &Arc<Device>, bench: &Bench, copy: f64, s: &Shape, index: &[u
                 max_bias: 0.0,
                 softcap: 0.0,
             };
-            Call {
-                problem,
-                rotation,
-                layer: 0,
-                selection,
-                rows: rows.address(),
-                seen: true,
-                visible: None,
-                bounds,
-                first_stream: 0,
-            }
+            Call { problem, rotation, layer: 0, selection, rows: rows.address(), seen: true, bounds, first_stream: 0 }
         };
         let all: Vec<Call<'_>> = sets.iter().zip(&bounds).map(|(set, b)| call((set, &b[..]))).collect();
         Ready::new(device, s, &all)

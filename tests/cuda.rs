@@ -104,17 +104,8 @@ impl OnGpu {
     fn with<T>(&self, then: impl FnOnce(&Attention, &Workspace) -> T) -> T {
         let bounds: Vec<&Bound> = self.bounds.iter().collect();
         let (problem, selection, rotation, rows) = (self.problem, self.selection, self.rotation, self.rows.address());
-        let call = Call {
-            problem,
-            rotation,
-            layer: LAYER,
-            selection,
-            rows,
-            seen: false,
-            visible: None,
-            bounds: &bounds,
-            first_stream: 0,
-        };
+        let call =
+            Call { problem, rotation, layer: LAYER, selection, rows, seen: false, bounds: &bounds, first_stream: 0 };
         let workspace = Workspace::for_calls(&self.device, &[&call]).unwrap();
         let attention = Attention::new(&self.device, &call, &workspace).unwrap();
         then(&attention, &workspace)
@@ -499,7 +490,6 @@ fn calls_that_do_not_fit_are_refused_with_the_reason() {
         selection: gpu.selection,
         rows: gpu.rows.address(),
         seen: false,
-        visible: None,
         bounds: &bounds,
         first_stream: 0,
     };

@@ -181,17 +181,7 @@ impl Tied {
         let bounds: Vec<&Bound> = self.bounds.iter().collect();
         let (problem, selection, rows) = (self.arrays.problem, case.call.selection, self.rows.address());
         let rotation = Rotation::default();
-        then(Call {
-            problem,
-            rotation,
-            layer: LAYER,
-            selection,
-            rows,
-            seen: false,
-            visible: None,
-            bounds: &bounds,
-            first_stream: 0,
-        })
+        then(Call { problem, rotation, layer: LAYER, selection, rows, seen: false, bounds: &bounds, first_stream: 0 })
     }
 }
 

@@ -30,7 +30,7 @@ fn heads(data: *const u8, element: usize, d: usize, n_head: usize, n: usize) -> 
     Array { data: data.cast_mut(), ne: [d, n, n_head, 1], nb: [element, row, element * d, row * n] }
 }
 
-/// The captured window's queries from `first` on over the prefix; arrays at these addresses.
+/// The captured window's queries over the prefix; arrays at these addresses.
 fn problem(layer: &LayerCapture, n: usize, [q, k, v, dst]: [*const u8; 4]) -> Problem {
     let [dk, dv] = [layer.head_dim_k, layer.head_dim_v].map(|d| d as usize);
     let (n_head_kv, n_prefix) = (layer.n_head_kv as usize, layer.k.len() / layer.row_k());
@@ -118,7 +118,6 @@ impl OnGpu {
             selection,
             rows: rows.address(),
             seen: true,
-            visible: None,
             bounds: &bounds,
             first_stream: 0,
         };

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::binding::always_cells;
 use super::layers::Layers;
-use super::pass::{claims, Claim, Member};
+use super::pass::{claims, Claim, Member, Verdict};
 use super::rows::CacheRows;
 use super::runtime::{count, Snapshot};
 use super::stats::log;
@@ -199,12 +199,12 @@ impl Caches {
                 continue;
             }
             let index = &matcher.index;
-            let is_here = |layer: u32| self.rows(layer, stream).is_some();
+            let is_here = |layer: u32| self.layers.rows(layer, stream).is_some();
             let Some(deepest) = index.shapes().iter().map(|s| s.layer).filter(|l| is_here(*l)).max() else { continue };
             let Some(deep) = self.rows(deepest, stream) else { continue };
             let written: Vec<u32> = writes.cells(deep.n_cell, stream).map(|cell| cell as u32).collect();
             let usable = |cell| !written.contains(&cell);
-            let (cells, mut claim) = match self.rows(index.sketch().layer, stream) {
+            let (cells, claim) = match self.rows(index.sketch().layer, stream) {
                 Some(rows) => match matcher.find(&rows, visible, &usable) {
                     Some(cells) => (Arc::from(cells), None),
                     None => continue,
@@ -214,15 +214,9 @@ impl Caches {
                     None => continue,
                 },
             };
-            let probes: Vec<u32> = index.probes().iter().map(|probe| probe.layer).collect();
-            // other backends have the rest, or nobody (an eval callback, layers split over servers)
-            if claim.is_none() && !index.shapes().iter().map(|s| s.layer).chain(probes.iter().copied()).all(is_here) {
-                claim = Some(self.member.claim(index, stream, &cells));
-            }
-            if !matcher.probes_agree(&cells, &|layer| self.rows(layer, stream)) {
-                if let Some(claim) = &claim {
-                    claim.refuse();
-                }
+            let agree = matcher.probes_agree(&cells, &|layer| self.layers.rows(layer, stream));
+            let verdict = self.member.judge(claim, (index, stream, &cells), &is_here, agree);
+            if let Verdict::Refuse = verdict {
                 let model = &matcher.index.meta().model.name;
                 self.tell(
                     snapshot,
@@ -234,12 +228,7 @@ impl Caches {
                 );
                 continue;
             }
-            if let Some(claim) = &claim {
-                claim.agree(probes.into_iter().filter(|layer| self.rows(*layer, stream).is_some()));
-                if !claim.is_complete() {
-                    continue;
-                }
-            }
+            let Verdict::Bind(claim) = verdict else { continue };
             let contiguous = cells.windows(2).all(|w| w[1] == w[0] + 1);
             if snapshot.config.log > 0 {
                 let how = if contiguous { "contiguous" } else { "scattered" };

@@ -42,12 +42,12 @@ impl Claim {
     }
 
     /// The probed rows of these layers agree.
-    pub fn agree(&self, layers: impl Iterator<Item = u32>) {
+    fn agree(&self, layers: impl Iterator<Item = u32>) {
         self.agreed.lock().unwrap_or_else(|e| e.into_inner()).extend(layers);
     }
 
     /// Probed rows differ: whoever has bound the cells lets go of them.
-    pub fn refuse(&self) {
+    fn refuse(&self) {
         self.refused.store(true, Ordering::Relaxed);
     }
 
@@ -56,7 +56,7 @@ impl Claim {
     }
 
     /// Has every probe agreed, and none differed?
-    pub fn is_complete(&self) -> bool {
+    fn is_complete(&self) -> bool {
         let agreed = self.agreed.lock().unwrap_or_else(|e| e.into_inner());
         !self.is_refused() && self.index.probes().iter().all(|probe| agreed.contains(&probe.layer))
     }
@@ -76,6 +76,16 @@ thread_local! {
 /// Claims of the backends that have computed earlier layers in this pass.
 pub fn claims() -> Vec<Arc<Claim>> {
     PASS.with_borrow(|pass| pass.claims.clone())
+}
+
+/// What becomes of cells that hold an index's tokens.
+pub enum Verdict {
+    /// Every probe agrees; the claim, where other backends have layers of the index.
+    Bind(Option<Arc<Claim>>),
+    /// Other backends have yet to compare theirs.
+    Wait,
+    /// Probed rows differ.
+    Refuse,
 }
 
 /// One backend's part.
@@ -122,8 +132,36 @@ impl Member {
         }
     }
 
+    /// For cells that this backend has found or, under `claim`, another one. `is_here`: has it that layer's rows? `agree`: do those of
+    /// the probed layers that it has?
+    pub fn judge(
+        &mut self,
+        claim: Option<Arc<Claim>>,
+        (index, stream, cells): (&Arc<Index>, usize, &Arc<[u32]>),
+        is_here: &dyn Fn(u32) -> bool,
+        agree: bool,
+    ) -> Verdict {
+        let probes: Vec<u32> = index.probes().iter().map(|probe| probe.layer).collect();
+        // Other backends have the rest, or nobody (an eval callback, layers split over servers).
+        let all_here = || index.shapes().iter().map(|s| s.layer).chain(probes.iter().copied()).all(is_here);
+        let claim = match claim {
+            None if all_here() => None,
+            claim => Some(claim.unwrap_or_else(|| self.claim(index, stream, cells))),
+        };
+        match &claim {
+            Some(claim) if agree => claim.agree(probes.into_iter().filter(|layer| is_here(*layer))),
+            Some(claim) => claim.refuse(),
+            None => {}
+        }
+        match claim {
+            _ if !agree => Verdict::Refuse,
+            Some(claim) if !claim.is_complete() => Verdict::Wait,
+            claim => Verdict::Bind(claim),
+        }
+    }
+
     /// Claims cells: a new claim, unless all have agreed on the same one in the last pass.
-    pub fn claim(&mut self, index: &Arc<Index>, stream: usize, cells: &Arc<[u32]>) -> Arc<Claim> {
+    fn claim(&mut self, index: &Arc<Index>, stream: usize, cells: &Arc<[u32]>) -> Arc<Claim> {
         let same = |claim: &&Arc<Claim>| claim.is_of(index, stream, cells);
         if let Some(own) = self.claimed.iter().find(same) {
             return own.clone();

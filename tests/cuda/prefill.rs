@@ -108,17 +108,7 @@ fn with<T>(gpu: &OnGpu, many: &Many, then: impl FnOnce(&Prefill, &Workspace) -> 
     let (problem, selection) = (gpu.problem, gpu.selection);
     let Many { tile, checked: seen, portable, slots, .. } = *many;
     let (rotation, rows) = (gpu.rotation, gpu.rows.address());
-    let call = Call {
-        problem,
-        rotation,
-        layer: LAYER,
-        selection,
-        rows,
-        seen,
-        visible: None,
-        bounds: &bounds,
-        first_stream: 0,
-    };
+    let call = Call { problem, rotation, layer: LAYER, selection, rows, seen, bounds: &bounds, first_stream: 0 };
     let call = PrefillCall { call, tile, portable, slots };
     let bytes = Prefill::bytes_for(&gpu.device, &call).unwrap();
     assert!(bytes <= 256 << 20);
@@ -435,17 +425,8 @@ fn prefills_that_do_not_fit_are_refused_with_the_reason() {
     let bounds: Vec<&Bound> = gpu.bounds.iter().collect();
     let selection = Selection { estimate: true, ..gpu.selection };
     let (problem, rotation) = (gpu.problem, Rotation::default());
-    let call = Call {
-        problem,
-        rotation,
-        layer: LAYER,
-        selection,
-        rows: 0,
-        seen: false,
-        visible: None,
-        bounds: &bounds,
-        first_stream: 0,
-    };
+    let call =
+        Call { problem, rotation, layer: LAYER, selection, rows: 0, seen: false, bounds: &bounds, first_stream: 0 };
     let refused = |call: PrefillCall<'_>| Prefill::bytes_for(&device, &call).expect_err("it does not fit").to_string();
     let call = PrefillCall { call, tile: 16, portable: false, slots: 0 };
     assert!(refused(call).contains("the estimate is on"));

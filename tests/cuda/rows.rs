@@ -1,8 +1,6 @@
 //! What is done once per graph: each row's binding by its mask, and what ends a binding.
 
-use ggml_squeeze::attention::cuda::{
-    gather, Compared, DeviceRows, Masks, RowMap, RowNumbers, Stream, Visible, Watched,
-};
+use ggml_squeeze::attention::cuda::{gather, Compared, DeviceRows, Masks, RowMap, RowNumbers, Stream, Watched};
 
 use super::attend_case::{decode, encode};
 use super::*;
@@ -162,22 +160,13 @@ fn through_a_map(device: &Arc<Device>, case: &Case, gpu: &OnGpu) {
         assert_eq!(list, &want, "row {row}");
     }
     let bounds: Vec<&Bound> = watched.iter().map(|w| &w.bound).collect();
-    let outputs = [None, map.visible()].map(|visible: Option<Visible>| {
-        let (rows, problem) = (map.rows(), gpu.problem);
-        let (rotation, selection) = (gpu.rotation, gpu.selection);
-        let call = Call {
-            problem,
-            rotation,
-            layer: LAYER,
-            selection,
-            rows,
-            seen: true,
-            visible,
-            bounds: &bounds,
-            first_stream: 0,
-        };
-        let workspace = Workspace::for_calls(device, &[&call]).unwrap();
-        gpu.launch(&Attention::new(device, &call, &workspace).unwrap());
+    let (problem, rotation, selection, rows) = (gpu.problem, gpu.rotation, gpu.selection, map.rows());
+    let call = Call { problem, rotation, layer: LAYER, selection, rows, seen: true, bounds: &bounds, first_stream: 0 };
+    let workspace = Workspace::for_calls(device, &[&call]).unwrap();
+    let outputs = [None, map.visible()].map(|visible| {
+        let mut attention = Attention::new(device, &call, &workspace).unwrap();
+        visible.into_iter().for_each(|visible| attention.attend_listed(visible));
+        gpu.launch(&attention);
         gpu.output()
     });
     let want: Vec<f64> = outputs[0].iter().map(|x| f64::from(*x)).collect();

@@ -178,17 +178,7 @@ fn rows_that_do_not_lie_as_the_kernels_read_them_are_refused() {
     let bounds: Vec<&Bound> = gpu.bounds.iter().collect();
     let (problem, rotation, selection) = (gpu.problem, gpu.rotation, gpu.selection);
     let rows = gpu.rows.address();
-    let call = Call {
-        problem,
-        rotation,
-        layer: LAYER,
-        selection,
-        rows,
-        seen: false,
-        visible: None,
-        bounds: &bounds,
-        first_stream: 0,
-    };
+    let call = Call { problem, rotation, layer: LAYER, selection, rows, seen: false, bounds: &bounds, first_stream: 0 };
     let refused = Workspace::for_calls(&device, &[&call]).err().expect("rows at 8 n + 2");
     let got = "rows of k not on multiples of 8 bytes".into();
     let want = "rows side by side, from a multiple of 16 bytes on";
@@ -206,17 +196,7 @@ fn dense_rows_may_have_alibi() {
         let gpu = OnGpu::new(&device, &case);
         let (problem, rotation, selection) = (gpu.problem, gpu.rotation, gpu.selection);
         let rows = gpu.rows.address();
-        let call = Call {
-            problem,
-            rotation,
-            layer: LAYER,
-            selection,
-            rows,
-            seen: false,
-            visible: None,
-            bounds: &[],
-            first_stream: 0,
-        };
+        let call = Call { problem, rotation, layer: LAYER, selection, rows, seen: false, bounds: &[], first_stream: 0 };
         let workspace = Workspace::for_calls(&device, &[&call]).unwrap();
         gpu.launch(&Attention::new(&device, &call, &workspace).unwrap());
         let e = error(&gpu.output(), &oracle::run(&case.call));

@@ -6,7 +6,7 @@ use cudarc::driver::sys;
 
 use super::params::{self, *};
 use super::plan::{demand, Plan};
-use super::{Bound, Buffer, Device, Error};
+use super::{Bound, Buffer, Device, Error, Visible};
 use crate::attention::{Problem, Rotation, Selection};
 
 /// One call: arrays in device memory, and on the device, which binding each row has.
@@ -26,22 +26,10 @@ pub struct Call<'a> {
     /// Were the rows' bindings found under this very mask? Then it is not looked at again, which takes longer than all else
     /// that lookup does behind a long prefix.
     pub seen: bool,
-    /// What the map that found the bindings has listed; `rows` is the map's then. None: masks are looked at in the kernels.
-    pub visible: Option<Visible>,
     /// At most 4.
     pub bounds: &'a [&'a Bound],
     /// Stream of the cache that K begins with.
     pub first_stream: u32,
-}
-
-/// Lists of the cells that query rows attend whatever they select: device addresses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Visible {
-    /// `[n_row]` lists, one every `stride` numbers.
-    pub(super) cells: u64,
-    /// `[n_row]` their lengths.
-    pub(super) counts: u64,
-    pub(super) stride: u32,
 }
 
 /// Device memory that calls on one stream share, one after the other.
@@ -154,6 +142,13 @@ impl Attention {
     /// From now on the counts go to `[n_head_kv][n_row]` entries at this device address, instead of to the workspace.
     pub fn count_at(&mut self, address: u64) {
         self.plan.parameters.work = address;
+    }
+
+    /// From now on rows attend the cells that a map has listed for them, and look none up in the mask; the call's `rows` are that
+    /// map's.
+    pub fn attend_listed(&mut self, visible: Visible) {
+        let p = &mut self.plan.parameters;
+        (p.visible, p.n_visible, p.visible_stride) = (visible.cells, visible.counts, visible.stride);
     }
 
     /// An entry of the counts: the row's binding, none if it was dense, and keys in its kept clusters.

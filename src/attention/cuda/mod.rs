@@ -22,13 +22,13 @@ mod stream;
 pub use bound::Bound;
 pub use device::Device;
 pub(crate) use device::{KMEANS_ASSIGN, KMEANS_CENTRE, KMEANS_REPAIR, KMEANS_SORT, KMEANS_SUMMARY, KMEANS_UNIT};
-pub use launch::{Attention, Call, Visible, Workspace, STAGES};
+pub use launch::{Attention, Call, Workspace, STAGES};
 pub use memory::{is_on, Buffer};
 pub(crate) use memory::{Carver, Pinned};
 pub(crate) use module::Module;
 pub use prefill::{Prefill, PrefillCall, Tile, MAX_PREFILL_ROWS, PREFILL_STAGES, TILE_RUN};
 pub use resident::Resident;
-pub use rows::{gather, Compared, DeviceRows, Masks, RowMap, RowNumbers, Watched, MAX_WRITTEN};
+pub use rows::{gather, Compared, DeviceRows, Masks, RowMap, RowNumbers, Visible, Watched, MAX_WRITTEN};
 pub use stream::{Event, Executable, Mapped, Stream};
 
 /// Head sizes of keys and of values that the kernels are built for; quantised ones are whole blocks of 32.

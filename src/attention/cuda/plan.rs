@@ -302,9 +302,6 @@ impl Plan {
                 v_stage: v_stage as u32,
                 max_bias: p.max_bias,
                 seen: call.seen as u32,
-                visible: call.visible.map_or(0, |v| v.cells),
-                n_visible: call.visible.map_or(0, |v| v.counts),
-                visible_stride: call.visible.map_or(0, |v| v.stride),
                 bound,
                 ..Default::default()
             },

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::params::type_number;
 use super::params::{Strided, MAX_BOUND};
-use super::{Bound, Buffer, Device, Error, Mapped, Stream, Visible, MAX_PREFILL_ROWS, MAX_ROWS};
+use super::{Bound, Buffer, Device, Error, Mapped, Stream, MAX_PREFILL_ROWS, MAX_ROWS};
 use crate::attention::Element;
 
 const THREADS: usize = 256;
@@ -209,6 +209,16 @@ pub struct Masks {
     pub k_streams: usize,
     pub first_stream: usize,
     pub n_kv: usize,
+}
+
+/// Lists of the cells that query rows attend whatever they select: device addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Visible {
+    /// `[n_row]` lists, one every `stride` numbers.
+    pub(super) cells: u64,
+    /// `[n_row]` their lengths.
+    pub(super) counts: u64,
+    pub(super) stride: u32,
 }
 
 /// Finds each row's binding, for all layers of a graph.

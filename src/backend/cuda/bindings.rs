@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::super::binding::Matcher;
 use super::super::layers::Layers;
-use super::super::pass::{claims, Claim, Member};
+use super::super::pass::{claims, Claim, Member, Verdict};
 use super::super::rows::{is_quantised, CacheRows, Rows};
 use super::super::runtime::{count, Loaded, Snapshot};
 use super::super::stats::log;
@@ -169,7 +169,7 @@ impl Bindings {
         min_prefix: &dyn Fn(&Matcher) -> usize,
     ) -> Result<bool, Error> {
         let mut found = false;
-        let mut written_rows: Option<Vec<i64>> = None;
+        let mut written = Written { numbers: written, rows: None };
         for row in seen {
             // Indexes are in order of length, the longest first.
             for (number, loaded) in snapshot.indexes.iter().enumerate() {
@@ -181,20 +181,13 @@ impl Bindings {
                 if row.cells.len() < n || n < min_prefix(matcher) {
                     continue;
                 }
-                if layers.rows(matcher.index.sketch().layer, row.stream).is_none() {
-                    continue;
-                }
-                let written_rows = match &written_rows {
-                    Some(rows) => rows,
-                    None => written_rows.insert(read_numbers(written, gpu)?),
-                };
-                if self.try_index(snapshot, number, layers, row, written_rows, gpu)? {
+                if self.try_index(snapshot, number, layers, row, &mut written, gpu)? {
                     found = true;
                     break;
                 }
             }
         }
-        found |= self.follow_claims(snapshot, layers, seen, written, gpu, min_prefix)?;
+        found |= self.follow_claims(snapshot, layers, seen, &mut written, gpu, min_prefix)?;
         self.fruitless = if found { 0 } else { (self.fruitless + 1).min(LONGEST_PAUSE.ilog2() + 4) };
         // The first few cost little; an index that never fits shall not be looked for all the time.
         self.pause = if self.fruitless > 4 { 1 << (self.fruitless - 4) } else { 0 };
@@ -207,19 +200,19 @@ impl Bindings {
         snapshot: &Snapshot,
         layers: &Layers,
         seen: &[Seen],
-        written: &[RowNumbers],
+        written: &mut Written<'_>,
         gpu: &Gpu<'_>,
         min_prefix: &dyn Fn(&Matcher) -> usize,
     ) -> Result<bool, Error> {
         let mut found = false;
         for claim in claims() {
+            self.member.look(&claim);
             let (stream, cells) = (claim.stream, &claim.cells);
             let same = |loaded: &Loaded| Arc::ptr_eq(&loaded.matcher.index, &claim.index);
             let Some(number) = snapshot.indexes.iter().position(same) else { continue };
             if layers.rows(claim.index.sketch().layer, stream).is_some() {
                 continue;
             }
-            self.member.look(&claim);
             let is_it = |b: &Binding| b.index_number == number && b.stream == stream && b.cells == *cells;
             let long_enough = cells.len() >= min_prefix(&snapshot.indexes[number].matcher);
             let is_seen = || seen.iter().any(|row| row.stream == stream && row.all(cells));
@@ -228,7 +221,7 @@ impl Bindings {
             }
             let Some(deep) = deepest(layers, &claim.index, stream) else { continue };
             let Some(rows) = device_rows(layers, deep, stream) else { continue };
-            let being_written = written_cells(&read_numbers(written, gpu)?, rows.n_cell, stream);
+            let being_written = written.cells(rows.n_cell, stream, gpu)?;
             let inside = cells.iter().all(|cell| (*cell as usize) < rows.n_cell);
             if inside && !being_written.iter().any(|cell| cells.contains(cell)) {
                 found |= self.bind(snapshot, number, layers, (stream, cells), Some(claim.clone()), gpu)?;
@@ -243,7 +236,7 @@ impl Bindings {
         number: usize,
         layers: &Layers,
         row: &Seen,
-        written: &[i64],
+        written: &mut Written<'_>,
         gpu: &Gpu<'_>,
     ) -> Result<bool, Error> {
         let matcher = &snapshot.indexes[number].matcher;
@@ -273,7 +266,7 @@ impl Bindings {
         // SAFETY: rows of a live cache of this backend.
         let copy = unsafe { cuda::gather(&rows, n_cell, &k, &v, gpu.device, gpu.stream)? };
         let compact = compact(&copy, &full, &k, &v, n_cell);
-        let being_written = written_cells(written, rows.n_cell, stream);
+        let being_written = written.cells(rows.n_cell, stream, gpu)?;
         let Some(cells) = matcher.find(&compact, &row.cells, &|cell| !being_written.contains(&cell)) else {
             return Ok(false);
         };
@@ -288,20 +281,15 @@ impl Bindings {
         number: usize,
         layers: &Layers,
         (stream, cells): (usize, &Arc<[u32]>),
-        mut claim: Option<Arc<Claim>>,
+        claim: Option<Arc<Claim>>,
         gpu: &Gpu<'_>,
     ) -> Result<bool, Error> {
         let matcher = &snapshot.indexes[number].matcher;
         let index = &matcher.index;
         let is_here = |layer: u32| device_rows(layers, layer, stream).is_some();
-        let probes: Vec<u32> = index.probes().iter().map(|probe| probe.layer).collect();
-        if claim.is_none() && !index.shapes().iter().map(|s| s.layer).chain(probes.iter().copied()).all(is_here) {
-            claim = Some(self.member.claim(index, stream, cells));
-        }
-        if !probes_agree(matcher, layers, stream, cells, gpu)? {
-            if let Some(claim) = &claim {
-                claim.refuse();
-            }
+        let agree = probes_agree(matcher, layers, stream, cells, gpu)?;
+        let verdict = self.member.judge(claim, (index, stream, cells), &is_here, agree);
+        if let Verdict::Refuse = verdict {
             let model = &index.meta().model.name;
             let why = format_args!(
                 "has other keys in later layers than this cache for the same tokens: another model than {model}, a LoRA, or \
@@ -310,12 +298,7 @@ impl Bindings {
             self.tell(snapshot, number, why);
             return Ok(false);
         }
-        if let Some(claim) = &claim {
-            claim.agree(probes.into_iter().filter(|layer| is_here(*layer)));
-            if !claim.is_complete() {
-                return Ok(false);
-            }
-        }
+        let Verdict::Bind(claim) = verdict else { return Ok(false) };
         let Some(deepest) = deepest(layers, index, stream) else { return Ok(false) };
         let (Some(deep), Some(full)) = (device_rows(layers, deepest, stream), layers.rows(deepest, stream)) else {
             return Ok(false);
@@ -358,12 +341,6 @@ fn deepest(layers: &Layers, index: &Index, stream: usize) -> Option<u32> {
     index.shapes().iter().map(|s| s.layer).filter(|layer| device_rows(layers, *layer, stream).is_some()).max()
 }
 
-/// Cells of one stream of `n_cell` among written rows.
-fn written_cells(rows: &[i64], n_cell: usize, stream: usize) -> Vec<u32> {
-    let own = rows.iter().filter(|r| **r >= 0 && **r as usize / n_cell == stream);
-    own.map(|r| (*r as usize % n_cell) as u32).collect()
-}
-
 fn ended(binding: &Binding, snapshot: &Snapshot, why: &str) {
     count(|s| s.unbound += 1);
     if snapshot.config.log > 0 && binding.index_number < snapshot.indexes.len() {
@@ -388,6 +365,27 @@ fn compact(copy: &[f32], full: &CacheRows, k: &Compared<'_>, v: &Compared<'_>, n
         compact: Some(own.peaks.len()),
     };
     CacheRows { k: rows(0, k, full.k.element), v: rows(n_k, v, full.v.element), n_cell }
+}
+
+/// Rows of the cache that the graph at hand writes, copied to the host at first need.
+struct Written<'a> {
+    numbers: &'a [RowNumbers],
+    rows: Option<Vec<i64>>,
+}
+
+impl Written<'_> {
+    /// Those cells of one stream of `n_cell`. Waits for the device.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    fn cells(&mut self, n_cell: usize, stream: usize, gpu: &Gpu<'_>) -> Result<Vec<u32>, Error> {
+        let rows = match &self.rows {
+            Some(rows) => rows,
+            None => self.rows.insert(read_numbers(self.numbers, gpu)?),
+        };
+        let own = rows.iter().filter(|r| **r >= 0 && **r as usize / n_cell == stream);
+        Ok(own.map(|r| (*r as usize % n_cell) as u32).collect())
+    }
 }
 
 fn read_numbers(written: &[RowNumbers], gpu: &Gpu<'_>) -> Result<Vec<i64>, Error> {

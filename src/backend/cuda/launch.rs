@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use super::plan::{Counted, Share, Step};
-use crate::attention::cuda::{Attention, Call, Device, Error, Prefill, PrefillCall, Stream, Workspace, MAX_ROWS};
+use crate::attention::cuda::{
+    Attention, Call, Device, Error, Prefill, PrefillCall, Stream, Visible, Workspace, MAX_ROWS,
+};
 use crate::attention::{Array, Mode, Problem, Rotation, Selection, Spread};
 
 /// What computes an attention node.
@@ -39,6 +41,13 @@ impl Launch {
         match self {
             Launch::Decode(attention) => attention.count_at(counts),
             Launch::Prefill(prefill) => prefill.count_at(counts),
+        }
+    }
+
+    /// From now on rows attend the cells that a map has listed for them; a prefill looks at the masks itself.
+    pub(super) fn attend_listed(&mut self, visible: Visible) {
+        if let Launch::Decode(attention) = self {
+            attention.attend_listed(visible);
         }
     }
 
@@ -112,15 +121,5 @@ pub(super) fn dense_call(problem: &Problem, rows: u64) -> Call<'static> {
     let mode = Mode::Budget(1.0);
     let selection = Selection { mode, spread: Spread::None, alpha: 0.0, estimate: false, coarse_share: 1.0 };
     let rotation = Rotation::default();
-    Call {
-        problem: *problem,
-        rotation,
-        layer: 0,
-        selection,
-        rows,
-        seen: true,
-        visible: None,
-        bounds: &[],
-        first_stream: 0,
-    }
+    Call { problem: *problem, rotation, layer: 0, selection, rows, seen: true, bounds: &[], first_stream: 0 }
 }

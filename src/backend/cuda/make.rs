@@ -408,16 +408,15 @@ impl Ready {
     ) -> Result<Vec<Result<Launch, Error>>, Error> {
         let all = std::mem::take(&mut self.bindings.all);
         let bounds: Vec<&Bound> = choice.iter().map(|i| &all[*i].watched.bound).collect();
-        let (rows, visible) = (map.rows(), map.visible());
+        let rows = map.rows();
         let call = |site: &&Site| Call {
             problem: site.problem,
             rotation,
             layer: site.layer.unwrap_or(u32::MAX),
             selection,
             rows,
-            // What the graph's map has made of its one mask.
+            // `rows` is what the graph's map has made of its one mask.
             seen: true,
-            visible,
             bounds: &bounds,
             first_stream: site.first_stream as u32,
         };
@@ -430,7 +429,11 @@ impl Ready {
         let gpu = self.gpu.clone();
         let launch = |call: &Call<'_>, workspace: &Workspace| {
             let many = prefill(call, tile);
-            Launch::new(&gpu, call, many.as_ref(), workspace)
+            let mut launch = Launch::new(&gpu, call, many.as_ref(), workspace)?;
+            if let Some(visible) = map.visible() {
+                launch.attend_listed(visible);
+            }
+            Ok(launch)
         };
         let made =
             self.planner.workspace(bytes).map(|workspace| calls.iter().map(|call| launch(call, &workspace)).collect());

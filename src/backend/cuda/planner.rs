@@ -133,7 +133,6 @@ impl Planner {
                 selection: selection(&own.snapshot.config, own.node.index.meta()),
                 rows: *rows,
                 seen: false,
-                visible: None,
                 bounds,
                 first_stream: 0,
             };
