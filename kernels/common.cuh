@@ -50,6 +50,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// Largest number of F16.
+constexpr float HALF_MAX = 65504;
+// The nearest number that F16 has room for; infinity and NaN stay.
+__device__ __forceinline__ float in_half(float x) { return fabsf(x) < INFINITY ? fminf(fmaxf(x, -HALF_MAX), HALF_MAX) : x; }
+
 __device__ __forceinline__ uint32_t pack(float low, float high) {
     const half2 h = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t *>(&h);

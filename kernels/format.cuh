@@ -339,7 +339,7 @@ struct Eight {
                 const int q = type == TYPE_Q8_0 ? static_cast<signed char>(byte) : static_cast<int>(i % 32 < 16 ? byte & 15 : byte >> 4) - 8;
                 x[k] = __half2float(scale) * q;
             }
-            if (fabsf(x[k]) < INFINITY) x[k] = fminf(fmaxf(x[k], -65504.0f), 65504.0f);
+            x[k] = in_half(x[k]);
         }
         return {pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7])};
     }

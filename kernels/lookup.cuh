@@ -219,8 +219,7 @@ __device__ void check(const Call &call, const Bound &bound, uint32_t z, uint32_t
 __device__ __noinline__ uint2 four_numbers(uint32_t type, const char *row, uint32_t d) {
     float x[4];
     for (int i = 0; i < 4; ++i) {
-        x[i] = number(type, row, d + i);
-        if (fabsf(x[i]) < INFINITY) x[i] = fminf(fmaxf(x[i], -65504.0f), 65504.0f);
+        x[i] = in_half(number(type, row, d + i));
     }
     return {pack(x[0], x[1]), pack(x[2], x[3])};
 }

@@ -63,10 +63,7 @@ __device__ __forceinline__ uint4 eight_of(const char *row, int chunk) {
         const uint4 own = *reinterpret_cast<const uint4 *>(row + 16 * chunk);
         if (TYPE == TYPE_F16) return own;
         auto narrow = [](uint32_t two) {
-            auto held = [](uint32_t bits) {
-                const float x = __uint_as_float(bits);
-                return fabsf(x) < INFINITY ? fminf(fmaxf(x, -65504.0f), 65504.0f) : x;
-            };
+            auto held = [](uint32_t bits) { return in_half(__uint_as_float(bits)); };
             return pack(held(two << 16), held(two & 0xffff0000u));
         };
         return {narrow(own.x), narrow(own.y), narrow(own.z), narrow(own.w)};

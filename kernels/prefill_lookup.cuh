@@ -15,7 +15,6 @@ enum class Pass { SUMS, SQUARES, MASS };
 constexpr float LOWEST = -1e30f;
 // Largest number of F16 that the reciprocal of a query's largest number may become.
 constexpr float INVERSE_MAX = 60000;
-constexpr float HALF_MAX = 65504;
 
 template <class Path, int D, bool DIAG>
 struct Layout {
@@ -415,7 +414,7 @@ __device__ void turn_sinks(const Prefill &p) {
                             number(call.k_type, row, at + 3)};
         }
         own.turn(call.k_block, lane);
-        own.each([](float x) { return fabsf(x) < INFINITY ? fminf(fmaxf(x, -HALF_MAX), HALF_MAX) : x; });
+        own.each([](float x) { return in_half(x); });
 #pragma unroll
         for (int j = 0; j < Row::N; ++j)
             if (there && own.there(lane, j))

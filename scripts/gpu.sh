@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Runs on a machine with a GPU, from an unpacked archive of scripts/pack.sh: checks, then speed, with a short table each.
-# Usage: gpu.sh BIN STEP...    steps: tests, sanitize, conformance, shape=NAME@DEPTH (sqz random-model's shapes), model=FILE:TEXT:QUESTIONS,
+# Usage: gpu.sh BIN STEP...    steps: tests, sanitize, conformance, ops (every op of llama.cpp's, on SQZ0 and on CUDA0), host=FILE:TEXT (a model
+# with and without the plugin, with failing drivers, on several GPUs), shape=NAME@DEPTH (sqz random-model's shapes), model=FILE:TEXT:QUESTIONS,
 # eval=FILE:COUNT:TOKENS (on the CPU, which such a machine has more of: 8 minutes at most, the results so far are in eval.*.jsonl)
 # Logs go to $OUT (default .).
 set -uo pipefail
-[[ $# -ge 2 ]] || { sed -n '2,5s/^# //p' "$0" >&2; exit 2; }
+[[ $# -ge 2 ]] || { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
 root=$(cd "$(dirname "$0")/.." && pwd)
 bin=$(cd "$1" && pwd)
 out=$(cd "${OUT:-.}" && pwd)
@@ -26,6 +27,29 @@ step() { # step NAME COMMAND...: output to a log, its end to the terminal
 tests() {
     PROPTEST_CASES=${PROPTEST_CASES:-64} "$bin/test-cuda" --test-threads 12 && "$bin/test-kmeans_cuda" --test-threads 4 &&
         "$bin/test-op" --ignored --test-threads 1 gpu::
+}
+ops() {
+    local device
+    for device in CUDA0 SQZ0; do
+        GGML_BACKEND_PATH=$bin/libggml-squeeze.so GGML_SQUEEZE_DEVICES=1 "$bin/test-backend-ops" test -b "$device" -j "$(nproc)" > "$out/ops-$device.log" 2>&1
+        echo "$device: ERROR SUMMARY: $(grep -aE '[0-9]+/[0-9]+ tests passed' "$out/ops-$device.log" | tr '\n' ' ')"
+    done
+    cmp <(grep -aoE '[0-9]+/[0-9]+ tests passed' "$out/ops-CUDA0.log") <(grep -aoE '[0-9]+/[0-9]+ tests passed' "$out/ops-SQZ0.log")
+}
+pipelined() { # pipelined MODEL [VARIABLE=VALUE...]: contexts that llama.cpp makes for pipeline parallelism
+    local model=$1
+    shift
+    env "$@" "$bin/llama-completion" -m "$model" -p hello -n 1 --temp 0 -no-cnv -ngl 99 -v 2>&1 | grep -c 'pipeline parallelism enabled'
+}
+host() { # host MODEL TEXT
+    local name with without
+    for name in selection gpu_host gpu_faults; do
+        SQZ_MODEL=$1 SQZ_TEXT=$2 "$bin/test-$name" --ignored --nocapture --test-threads 1 || return 1
+    done
+    without=$(pipelined "$1")
+    with=$(pipelined "$1" GGML_BACKEND_PATH="$bin/libggml-squeeze.so")
+    echo "| pipeline parallelism on $(nvidia-smi -L | wc -l) GPUs: $without without the plugin, $with with it |"
+    [[ $with == "$without" ]]
 }
 eval_on_cpu() { # eval_on_cpu FILE COUNT TOKENS
     timeout 480 "$root/scripts/eval-parts.sh" "$bin/sqz" $((($(nproc) + 3) / 4)) 4 "$out/eval.html" -m "$1" -dev none --count "$2" --tokens "$3" \
@@ -54,6 +78,11 @@ for what in "$@"; do
         sanitize) step sanitize sanitize ;;
         conformance)
             step conformance env SQZ_LLAMA_BIN="$bin" SQZ_PLUGIN="$bin/libggml-squeeze.so" SQZ_DEVICE=SQZ0 "$root/scripts/conformance.sh"
+            ;;
+        ops) step ops ops ;;
+        host=*:*)
+            IFS=: read -r file text <<< "${what#host=}"
+            step host host "$file" "$text"
             ;;
         shape=*@*)
             IFS=@ read -r name depth <<< "${what#shape=}"

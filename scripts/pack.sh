@@ -34,7 +34,7 @@ for program in llama-bench llama-completion llama-server test-backend-ops; do cp
 cp "$target/release/sqz" "$tmp/bin/"
 cp "$target/release/libggml_squeeze.so" "$tmp/bin/libggml-squeeze.so"
 for file in $(built test cuda kmeans_cuda); do name=$(basename "$file"); cp "$file" "$tmp/bin/test-${name%-*}"; done
-for name in op selection; do
+for name in op selection gpu_host gpu_faults; do
     file=$(cargo test --release --workspace --test "$name" --no-run --message-format=json | sed -nE '/"name":"'"$name"'"/s/.*"executable":"([^"]+)".*/\1/p')
     cp "$file" "$tmp/bin/test-$name"
 done

@@ -3,13 +3,14 @@
 //! memory is host memory and kernels do nothing, so that this runs on machines without a GPU. What kernels compute is not looked at.
 
 mod attend_case;
+#[path = "device_faults/control.rs"]
+mod control;
 
-use std::ffi::{c_char, c_int, c_void, CStr, CString};
 use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 
 use attend_case::{Case, Spec, LAYER};
+use control::{run_with, Driver};
 use ggml_squeeze::attention::cuda::{
     Attention, Bound, Buffer, Call, Device, DeviceRows, Error, Event, Mapped, Masks, Prefill, PrefillCall, Resident,
     RowMap, RowNumbers, Stream, Watched, Workspace,
@@ -26,102 +27,60 @@ fn every_driver_call_may_fail() {
         println!("skipped: this build has no CUDA kernels");
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let driver = folder.path().join("libcuda.so");
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/device_faults/driver.c");
-    let mut cc = Command::new(std::env::var_os("CC").unwrap_or("cc".into()));
-    cc.args(["-shared", "-fPIC", "-O1", "-Wall", "-Werror"]).arg(&source).arg("-o").arg(&driver);
-    assert!(cc.status().unwrap().success());
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "with_the_made_up_driver", "--nocapture", "--ignored", "--test-threads=1"]);
-    let run = command.env("LD_LIBRARY_PATH", folder.path()).env("SQZ_MADE_UP_DRIVER", &driver).output().unwrap();
-    let out = String::from_utf8_lossy(&run.stdout);
-    print!("{out}");
-    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    let out = run_with(&source, "with_the_made_up_driver");
     assert_eq!(out.matches("failing calls").count(), 6, "{out}");
 }
 
 /// In the text of an error that came once more, when nothing failed.
 const AGAIN: &str = "and again:";
 
-/// The driver's own functions.
-struct Driver {
-    fail: extern "C" fn(c_int, c_int, c_int),
-    calls: extern "C" fn() -> c_int,
-    live: extern "C" fn() -> c_int,
-    failed: extern "C" fn() -> *const c_char,
-}
+/// What the driver is asked to do.
+struct Attacks(Driver);
 
-impl Driver {
-    fn open(path: &str) -> Driver {
-        let path = CString::new(path).unwrap();
-        // SAFETY: the library that the test has built; it stays loaded.
-        unsafe {
-            let library = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
-            assert!(!library.is_null());
-            let find = |name: &CStr| {
-                let found = libc::dlsym(library, name.as_ptr());
-                assert!(!found.is_null(), "{name:?}");
-                found
-            };
-            // SAFETY: functions of these types, in driver.c.
-            Driver {
-                fail: std::mem::transmute::<*mut c_void, extern "C" fn(c_int, c_int, c_int)>(find(c"made_up_fail")),
-                calls: std::mem::transmute::<*mut c_void, extern "C" fn() -> c_int>(find(c"made_up_calls")),
-                live: std::mem::transmute::<*mut c_void, extern "C" fn() -> c_int>(find(c"made_up_live")),
-                failed: std::mem::transmute::<*mut c_void, extern "C" fn() -> *const c_char>(find(c"made_up_failed")),
-            }
-        }
-    }
-
-    /// The function whose call failed last.
-    fn failed(&self) -> &'static str {
-        // SAFETY: a name in the library.
-        unsafe { CStr::from_ptr((self.failed)()) }.to_str().unwrap()
-    }
-
+impl Attacks {
     /// `job` with each of its driver calls failing alone, then with all failing from one on.
     fn attack(&self, name: &str, job: &dyn Fn() -> Result<(), String>) {
-        (self.fail)(0, 0, 0);
-        let before = (self.live)();
+        self.0.fail(0, 0, false);
+        let before = self.0.live();
         job().unwrap_or_else(|error| panic!("{name} without a failing call: {error}"));
-        let n = (self.calls)();
-        assert_eq!((self.live)(), before, "{name} leaves nothing");
+        let n = self.0.calls();
+        assert_eq!(self.0.live(), before, "{name} leaves nothing");
         let (mut told, mut fine) = (0, 0);
         // out of memory; launch failed
         for code in [2, 719] {
             for at in 1..=n {
-                (self.fail)(at, code, 0);
-                let before = (self.live)();
+                self.0.fail(at, code, false);
+                let before = self.0.live();
                 match job() {
                     Ok(()) => fine += 1,
                     Err(error) => {
                         assert!(
                             error.contains("made up") || error.contains("memory") || error.contains("driver"),
                             "{name}, call {at}, {}: {error}",
-                            self.failed()
+                            self.0.failed()
                         );
-                        assert!(!error.contains(AGAIN), "{name}, call {at}, {}: {error}", self.failed());
+                        assert!(!error.contains(AGAIN), "{name}, call {at}, {}: {error}", self.0.failed());
                         told += 1;
                     }
                 }
                 // To a context that cannot be made current nothing can be given back.
-                if self.failed() == "cuCtxSetCurrent" {
+                if self.0.failed() == "cuCtxSetCurrent" {
                     continue;
                 }
-                let left = (self.live)() - before;
-                assert_eq!(left, 0, "{name}, call {at} of {n}, {}, answers {code}: something is left", self.failed());
+                let left = self.0.live() - before;
+                assert_eq!(left, 0, "{name}, call {at} of {n}, {}, answers {code}: something is left", self.0.failed());
             }
         }
         for at in 1..=n {
             // A device that is lost: nothing can be given back to it any more.
-            (self.fail)(at, 719, 1);
+            self.0.fail(at, 719, true);
             let _ = job();
         }
-        (self.fail)(0, 0, 0);
-        let before = (self.live)();
+        self.0.fail(0, 0, false);
+        let before = self.0.live();
         job().unwrap_or_else(|error| panic!("{name} after all that: {error}"));
-        assert_eq!((self.live)(), before, "{name} leaves nothing after all that");
+        assert_eq!(self.0.live(), before, "{name} leaves nothing after all that");
         // What gives back, and questions with a default, may fail unnoticed; most calls may not.
         assert!(told > fine, "{name}: {told} errors, {fine} unnoticed");
         println!("{name}: {n} failing calls, {told} errors in two rounds, {fine} without consequence");
@@ -295,8 +254,8 @@ fn index(n: usize, n_coarse: Option<u32>) -> Result<(), BuildError> {
 #[test]
 #[ignore = "a part of every_driver_call_may_fail"]
 fn with_the_made_up_driver() {
-    let Ok(path) = std::env::var("SQZ_MADE_UP_DRIVER") else { return };
-    let driver = Driver::open(&path);
+    let Some(driver) = Driver::of_process() else { return };
+    let driver = Attacks(driver);
     let text = |e: Error| e.to_string();
     let case = Case::new(&Spec { n_prefix: 200, ..Spec::base() });
     driver.attack("decode", &|| decode(&case).map_err(text));

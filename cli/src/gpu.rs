@@ -73,15 +73,16 @@ impl<'a> Clustering<'a> {
 
     /// That of the GPU which K is on, made at first need.
     fn clusterer(&mut self, k: &Array, capture: &LayerCapture) -> Result<Option<&mut Clusterer>, BuildError> {
-        let at = k.data as u64;
-        if let Some(found) = self.clusterers.iter().position(|(device, _)| is_on(device, at)) {
+        // One that cannot tell cannot cluster either.
+        let is_there = |device: &Device| is_on(device, k.data as u64).unwrap_or(false);
+        if let Some(found) = self.clusterers.iter().position(|(device, _)| is_there(device)) {
             return Ok(Some(&mut self.clusterers[found].1));
         }
         // Without kernels or a driver there is nothing to say: the CPU does it.
         let Ok(n) = Device::count() else { return Ok(None) };
         for ordinal in 0..n {
             let Ok(device) = Device::shared(ordinal) else { continue };
-            if is_on(&device, at) {
+            if is_there(&device) {
                 let n_prefix = capture.k.len() / (capture.n_head_kv * capture.head_dim_k).max(1) as usize;
                 let cells: Vec<u32> = (0..n_prefix as u32).collect();
                 let clusterer = Clusterer::new(&device, &cells, self.settings)?;

@@ -20,10 +20,11 @@ static VERBOSE: AtomicBool = AtomicBool::new(false);
 static LAST_ERROR: Mutex<String> = Mutex::new(String::new());
 
 /// llama.cpp's short options of several letters, and the long one of each.
-pub const SHORT_OPTIONS: [(&str, &str); 6] = [
+pub const SHORT_OPTIONS: [(&str, &str); 7] = [
     ("-ub", "ubatch-size"),
     ("-ngl", "n-gpu-layers"),
     ("-dev", "device"),
+    ("-nkvo", "no-kv-offload"),
     ("-fa", "flash-attn"),
     ("-ctk", "cache-type-k"),
     ("-ctv", "cache-type-v"),
@@ -87,6 +88,9 @@ pub struct GpuArgs {
     /// Devices that layers are offloaded to (-dev), separated by commas; none: the CPU alone [default: all GPUs]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub device: Vec<String>,
+    /// Cache, and attention, in the CPU's memory even so (-nkvo)
+    #[arg(long)]
+    pub no_kv_offload: bool,
 }
 
 /// How positions are rotated: what shapes keys besides the model. The same options as the program that answers.

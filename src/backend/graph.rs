@@ -199,12 +199,17 @@ pub(super) fn unrotated(problem: &Problem, snapshot: &Snapshot) -> bool {
 }
 
 impl Instance {
+    /// Bindings must be found anew.
+    pub fn forget(&mut self) {
+        self.caches.bound.clear();
+    }
+
     /// The graph to compute instead of `graph`, or `None` where nothing is ours: then the caller passes it through as it is.
     pub fn rewrite(&mut self, graph: &[*mut sys::ggml_tensor], snapshot: &Snapshot) -> Option<Rewrite> {
         let config = &snapshot.config;
         if config.disable {
-            // writes pass unseen from here on: bindings must be found anew
-            self.caches.bound.clear();
+            // writes pass unseen from here on
+            self.forget();
             return None;
         }
         if !(config.force || config.attention_free || !snapshot.indexes.is_empty()) {

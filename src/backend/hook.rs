@@ -185,7 +185,8 @@ unsafe extern "C" fn compute_patched(backend: sys::ggml_backend_t, graph: *mut s
             let stock = cuda::Stock { backend, original: &patched.original };
             let compute = AssertUnwindSafe(|| instance.compute(graph, &stock, &snapshot));
             catch_unwind(compute).unwrap_or_else(|_| {
-                log("deciding on a graph failed; its result is refused (GGML_STATUS_FAILED)");
+                log("deciding on a graph failed; its result is refused (GGML_STATUS_FAILED), later ones are the GPU's own");
+                instance.abandon();
                 sys::GGML_STATUS_FAILED
             })
         }
@@ -214,6 +215,8 @@ unsafe fn compute_cpu(
     // a panic while deciding costs nothing: the graph is still whole and goes to the stock backend
     let rewrite = catch_unwind(decide).unwrap_or_else(|_| {
         log("deciding on a graph failed; it is computed densely");
+        // what it writes may not have been seen
+        instance.forget();
         None
     });
     let Some(mut rewrite) = rewrite else {

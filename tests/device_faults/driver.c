@@ -1,4 +1,4 @@
-// A CUDA driver without a GPU: device memory is host memory, kernels do nothing, and one call, or every call from one on, fails.
+// A CUDA driver without a GPU: device memory is host memory, kernels do nothing, and calls fail as control.h says.
 // Calls that give something back always do so, whatever they answer.
 #include <stddef.h>
 #include <stdint.h>
@@ -8,29 +8,13 @@
 
 typedef uintptr_t address;
 
-static int calls, fail_at, fail_code, fail_on, live;
-static const char * failed = "";
+#include "control.h"
 
-// Call number `at` from now on fails with `code`; with `on` all behind it do too.
-void made_up_fail(int at, int code, int on) {
-    calls = 0;
-    fail_at = at;
-    fail_code = code;
-    fail_on = on;
-}
-int made_up_calls(void) { return calls; }
+static int live;
+
 // What was made and not given back.
 int made_up_live(void) { return live; }
 
-// The function whose call failed last.
-const char * made_up_failed(void) { return failed; }
-
-static int answer_of(const char * name) {
-    calls++;
-    if (!fail_at || (calls != fail_at && !(fail_on && calls > fail_at))) return 0;
-    failed = name;
-    return fail_code;
-}
 #define answer() answer_of(__func__)
 #define ANSWER do { int code = answer(); if (code) return code; } while (0)
 #define make(out, bytes) make_of(__func__, out, bytes)

@@ -100,6 +100,7 @@ impl<'m> Context<'m> {
             p.type_k = type_number(args.cache_type_k);
             p.type_v = type_number(args.cache_type_v);
             args.rope.apply(&mut p);
+            p.offload_kqv = !args.gpu.no_kv_offload;
             p.swa_full = swa_full;
             p.no_perf = true;
             if let Some(c) = capture.as_deref_mut() {

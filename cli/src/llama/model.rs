@@ -40,7 +40,7 @@ unsafe impl Sync for Model {}
 impl Model {
     /// On the CPU alone.
     pub fn load(path: &Path) -> Result<Model> {
-        Model::load_on(path, &GpuArgs { n_gpu_layers: Some(0), device: vec!["none".to_string()] })
+        Model::load_on(path, &GpuArgs { n_gpu_layers: Some(0), device: vec!["none".to_string()], ..GpuArgs::default() })
     }
 
     /// With layers on GPUs, where there are any.

@@ -245,7 +245,18 @@ impl Child {
         GpuArgs {
             n_gpu_layers: self.text(&GPU_LAYERS).and_then(|v| v.parse().ok()),
             device: names.split(',').filter(|name| !name.is_empty()).map(str::to_string).collect(),
+            no_kv_offload: self.no_kv_offload(),
         }
+    }
+
+    /// `-nkvo`, or its contrary, by option or environment.
+    fn no_kv_offload(&self) -> bool {
+        let [yes, no] = [["-nkvo", "--no-kv-offload"], ["-kvo", "--kv-offload"]];
+        let given = self.options().filter(|(_, o)| yes.contains(&o.as_str()) || no.contains(&o.as_str())).last();
+        let off = |v: OsString| ["0", "off", "disabled", "false"].iter().any(|name| v == *name);
+        let env =
+            || (self.env)("LLAMA_ARG_NO_KV_OFFLOAD").is_some() || (self.env)("LLAMA_ARG_KV_OFFLOAD").is_some_and(off);
+        given.map_or_else(env, |(_, o)| yes.contains(&o.as_str()))
     }
 
     /// `--swa-full`, by option or environment.
@@ -329,6 +340,8 @@ mod tests {
         assert_eq!(c.number::<u32>(&CTX).unwrap(), Some(200));
         assert_eq!(c.text(&PROMPT).as_deref(), Some("-c"));
         assert!(c.swa_full() && !c.has(&["--lora"]));
+        assert!(child("llama-server -nkvo --swa-full").gpu().no_kv_offload && !c.gpu().no_kv_offload);
+        assert!(!child("llama-server --no-kv-offload --kv-offload").gpu().no_kv_offload);
         assert!(child("llama-server -c many").number::<u32>(&CTX).is_err());
         assert_eq!(child("llama-server -c").raw(&CTX), None);
     }
@@ -340,6 +353,9 @@ mod tests {
         assert_eq!(c.number::<u16>(&PORT).unwrap(), Some(9));
         let c = Child { env, ..child("llama-server --port 7") };
         assert_eq!(c.number::<u16>(&PORT).unwrap(), Some(7));
+        let env = |name: &str| (name == "LLAMA_ARG_KV_OFFLOAD").then(|| OsString::from("off"));
+        assert!(Child { env, ..child("llama-server") }.gpu().no_kv_offload);
+        assert!(!Child { env, ..child("llama-server -kvo") }.gpu().no_kv_offload);
     }
 
     #[test]

@@ -8,11 +8,13 @@ use ggml_squeeze::backend::OpContext;
 use ggml_squeeze::index::Index;
 use llama_cpp_sys_2 as sys;
 
+use super::control::run_with;
+use super::faults::source;
 use super::host::*;
 use super::{booked, Booked, BUDGET};
 
 /// Relative error of a whole result.
-fn error(got: &[f32], want: &[f64]) -> f64 {
+pub fn relative_error(got: &[f32], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len());
     let square = |x: f64| x * x;
     let off: f64 = got.iter().zip(want).map(|(g, w)| square(f64::from(*g) - w)).sum();
@@ -57,7 +59,7 @@ impl Case {
         let got = self.graph.run(&self.gpu);
         let how = booked(&take_stats(&self.scope));
         let sparse = matches!(how, Booked::Sparse(_));
-        (how, error(&got, &self.twin.expected(&self.data, &self.index, budget, sparse)))
+        (how, relative_error(&got, &self.twin.expected(&self.data, &self.index, budget, sparse)))
     }
 
     fn rewrite(&mut self, edit: impl FnOnce(&mut Data)) {
@@ -218,7 +220,7 @@ fn a_scheduled_graph_runs_on_the_gpu_again_and_again() {
             assert_eq!(status, sys::GGML_STATUS_SUCCESS);
         });
         assert_eq!(booked(&take_stats(&case.scope)), Booked::Sparse(1), "round {round}");
-        let off = error(&got, &case.twin.expected(&case.data, &case.index, BUDGET, true));
+        let off = relative_error(&got, &case.twin.expected(&case.data, &case.index, BUDGET, true));
         assert!(off < 2e-3, "round {round}: off by {off}");
     }
 }
@@ -260,8 +262,15 @@ fn a_call_on_device_memory_agrees_with_the_specification() {
                 Some(wanted) => assert_eq!(booked(&stats), wanted, "{what}"),
                 None => assert!(stats.nodes_sparse == 0 && stats.nodes_dense.is_empty(), "{what}"),
             }
-            let off = error(&got, &case.twin.expected(&case.data, &case.index, budget, sparse));
+            let off = relative_error(&got, &case.twin.expected(&case.data, &case.index, budget, sparse));
             assert!(off < allowed(&spec), "{what}: off by {off}");
         }
     }
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn whatever_call_of_the_driver_fails_a_graph_is_computed() {
+    let said = run_with(&source("forward.c"), "faults::on_a_real_gpu");
+    assert_eq!(said.matches("failing calls").count(), 2, "{said}");
 }

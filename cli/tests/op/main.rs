@@ -1,8 +1,12 @@
 //! The attention op of a host's own graph, on ggml's CPU backend: against the specification and against ggml's own op, with
 //! caches that do not hold the prefix, computed again, rebuilt, on any number of threads. `gpu` does the same on a GPU, if asked to.
 
+#[path = "../../../tests/device_faults/control.rs"]
+mod control;
+mod faults;
 mod gpu;
 mod host;
+mod made_up;
 mod stale;
 
 use std::sync::Arc;

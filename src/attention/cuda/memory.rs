@@ -172,17 +172,25 @@ impl Drop for Pinned {
 }
 
 /// Is this an address in that GPU's memory?
-pub fn is_on(device: &Device, address: u64) -> bool {
-    let (mut kind, mut ordinal) = (0u32, -1i32);
+///
+/// # Errors
+/// The driver refuses.
+pub fn is_on(device: &Device, address: u64) -> Result<bool, Error> {
     use sys::CUpointer_attribute as A;
-    // SAFETY: each attribute is one number of this size; an address that the driver does not know is answered with an error.
-    let found = device.enter().is_ok()
-        && unsafe {
-            let attribute = |to: *mut std::ffi::c_void, a| sys::cuPointerGetAttribute(to, a, address).result().is_ok();
-            attribute((&raw mut kind).cast(), A::CU_POINTER_ATTRIBUTE_MEMORY_TYPE)
-                && attribute((&raw mut ordinal).cast(), A::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL)
-        };
-    found && kind == sys::CUmemorytype::CU_MEMORYTYPE_DEVICE as u32 && ordinal == device.ordinal() as i32
+    device.enter()?;
+    let (mut kind, mut ordinal) = (0u32, -1i32);
+    for (to, attribute) in [
+        ((&raw mut kind).cast(), A::CU_POINTER_ATTRIBUTE_MEMORY_TYPE),
+        ((&raw mut ordinal).cast(), A::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL),
+    ] {
+        // SAFETY: each attribute is one number of this size.
+        match unsafe { sys::cuPointerGetAttribute(to, attribute, address) } {
+            // An address that the driver does not know: the host's.
+            sys::CUresult::CUDA_ERROR_INVALID_VALUE => return Ok(false),
+            code => code.result().map_err(Error::driver("tell where memory is"))?,
+        }
+    }
+    Ok(kind == sys::CUmemorytype::CU_MEMORYTYPE_DEVICE as u32 && ordinal == device.ordinal() as i32)
 }
 
 /// Lays out consecutive areas, each on a multiple of 256 bytes.

@@ -9,14 +9,12 @@ use super::super::runtime::{count, enter, snapshot, Scope, Snapshot};
 use super::super::stats::Reason;
 use super::launch::Launch;
 use super::plan::Tally;
-use super::planner::{Planned, Planner};
+use super::planner::{Pause, Planned, Planner};
 use crate::attention::cuda::{Buffer, Device, Error, Event, Stream, Workspace, MAX_PREFILL_ROWS};
 use crate::attention::Problem;
 
 /// Calls that are kept ready.
 const CALLS_MAX: usize = 64;
-/// Calls after which a cache that did not hold its prefix is looked at again, at most.
-const LONGEST_PAUSE: u32 = 64;
 
 /// A call that is ready to be put on the stream.
 struct Ready {
@@ -30,8 +28,7 @@ struct Ready {
     dense: Option<Reason>,
     /// What the kernels read and write.
     _held: (Vec<Buffer>, Arc<Workspace>),
-    due: u32,
-    pause: u32,
+    pause: Pause,
 }
 
 /// One stream of one GPU, as a context uses it.
@@ -87,7 +84,7 @@ impl Calls {
     /// one. Waits for the device where a cache is new or may have changed.
     ///
     /// # Errors
-    /// See [`AttendError`]; then nothing was put on the stream.
+    /// See [`AttendError`]; the output is then what it was, or written in part.
     ///
     /// # Safety
     /// The arrays are the GPU's memory, valid in all of their extents until the stream has come past the call.
@@ -121,20 +118,19 @@ impl Calls {
             Some(Ok(node)) => node.identity(),
             _ => (0, 0),
         };
-        let mut pause = 0;
+        let mut before = None;
         let same = |own: &Ready| own.problem == *problem && own.node == number;
         if let Some(at) = self.ready.iter().position(same) {
             let own = &mut self.ready[at];
             let current = own.version == self.planner.places.version && Arc::ptr_eq(&own.snapshot, &snapshot);
             let settled = own.dense != Some(Reason::Stale) && own.tally.as_ref().is_none_or(|t| t.unbound == 0);
-            own.due = if settled { own.pause } else { own.due.saturating_sub(1) };
-            if current && (settled || own.due > 0) {
+            if own.pause.lasts(settled) && current {
                 return Ok(at);
             }
-            pause = own.pause;
+            before = Some(own.pause);
             self.drop_call(at)?;
         }
-        if !self.planner.is_here(problem) {
+        if !self.planner.is_here(problem)? {
             let (got, want) = ("elsewhere".to_string(), "device memory of this GPU");
             return Err(Error::Unsupported { what: "the memory of an array", got, want }.into());
         }
@@ -172,20 +168,8 @@ impl Calls {
         if self.ready.len() == CALLS_MAX {
             self.drop_call(0)?;
         }
-        let pause = (2 * pause).clamp(1, LONGEST_PAUSE);
-        let (problem, held) = (*problem, (rows, workspace));
-        self.ready.push(Ready {
-            problem,
-            node: number,
-            snapshot,
-            version,
-            launches,
-            tally,
-            dense,
-            _held: held,
-            due: pause,
-            pause,
-        });
+        let (pause, problem, held) = (Pause::after(before), *problem, (rows, workspace));
+        self.ready.push(Ready { problem, node: number, snapshot, version, launches, tally, dense, _held: held, pause });
         Ok(self.ready.len() - 1)
     }
 

@@ -259,7 +259,7 @@ impl Ready {
     ) -> Result<bool, Error> {
         let first = survey.sites.iter().find(|site| refusal(site, snapshot).is_none());
         let Some((first, mask)) = first.and_then(|site| Some((site, site.problem.mask?))) else { return Ok(false) };
-        if survey.opaque || !self.is_here(first, survey) {
+        if survey.opaque || !self.is_here(first, survey)? {
             return Ok(false);
         }
         self.lanes.follow(stock)?;
@@ -267,8 +267,13 @@ impl Ready {
     }
 
     /// Is all that is read for a node in this GPU's memory?
-    fn is_here(&self, site: &Site, survey: &Survey) -> bool {
-        survey.written.iter().all(|w| cuda::is_on(&self.gpu, w.address)) && self.planner.is_here(&site.problem)
+    fn is_here(&self, site: &Site, survey: &Survey) -> Result<bool, Error> {
+        for written in &survey.written {
+            if !cuda::is_on(&self.gpu, written.address)? {
+                return Ok(false);
+            }
+        }
+        self.planner.is_here(&site.problem)
     }
 
     /// The plan of a graph whose rows may have a binding; `None` where there is none for them. `sites` loses those that are
@@ -285,7 +290,7 @@ impl Ready {
         let first = sites[0];
         let (Some(mask), false) = (first.problem.mask, survey.opaque) else { return Ok(None) };
         let p = &first.problem;
-        if !self.is_here(first, survey) {
+        if !self.is_here(first, survey)? {
             return Ok(None);
         }
         self.lanes.follow(stock)?;

@@ -22,7 +22,7 @@ use ggml_sys as sys;
 use self::bindings::Bindings;
 pub use self::calls::Calls;
 use self::nodes::NodeGraph;
-use self::plan::{Failure, Lanes, Plan};
+use self::plan::{Failure, Lanes, Left, Plan};
 use self::planner::Planner;
 pub use self::stock::Stock;
 use self::survey::Survey;
@@ -128,6 +128,11 @@ impl Instance {
         }
     }
 
+    /// Leaves everything to the stock backend from now on.
+    pub fn abandon(&mut self) {
+        self.state = State::Refused;
+    }
+
     /// The GPU's part, made at first need.
     fn ready(&mut self, stock: &Stock<'_>, snapshot: &Arc<Snapshot>) -> Option<&mut Ready> {
         if matches!(self.state, State::New) {
@@ -212,22 +217,34 @@ impl Ready {
             Ok(Some(known)) => known,
             Ok(None) => return stock.compute(graph),
             Err(error) => {
-                // Nothing of the graph has been computed yet. Memory that is short now is not asked for with every token.
-                self.graphs.clear();
-                self.bindings.give_up(snapshot);
+                // Nothing of the graph has been computed yet.
+                self.give_up(snapshot);
                 self.say(&error);
                 return stock.compute(graph);
             }
         };
         match self.graphs[known].plan.run(graph, stock, &mut self.lanes) {
-            Ok(()) => sys::GGML_STATUS_SUCCESS,
+            Ok(None) => sys::GGML_STATUS_SUCCESS,
             Err(Failure::Stock(code)) => code,
+            // Its rows may not have been checked against what it writes.
+            Ok(Some(Left { error, n_node })) => {
+                count(|s| (0..n_node).for_each(|_| s.dense(Reason::Kernel)));
+                self.give_up(snapshot);
+                self.say(&error);
+                sys::GGML_STATUS_SUCCESS
+            }
             Err(Failure::Ours(error)) => {
                 log(format_args!("{error}; the graph's result is refused (GGML_STATUS_FAILED)"));
-                self.graphs.clear();
+                self.give_up(snapshot);
                 sys::GGML_STATUS_FAILED
             }
         }
+    }
+
+    /// After a failure: memory that is short now is not asked for with every token.
+    fn give_up(&mut self, snapshot: &Snapshot) {
+        self.graphs.clear();
+        self.bindings.give_up(snapshot);
     }
 
     /// The plan of a graph; `None`: there is nothing of ours in it.

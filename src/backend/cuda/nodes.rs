@@ -9,8 +9,8 @@ use super::super::op::{self, Node};
 use super::super::runtime::{count, enter, snapshot, Scope, Snapshot};
 use super::super::stats::{log, Reason};
 use super::super::tensor::Tensor;
-use super::plan::{Failure, Plan, Tally};
-use super::planner::Planned;
+use super::plan::{Failure, Left, Plan, Tally};
+use super::planner::{Pause, Planned};
 use super::stock::Stock;
 use super::survey;
 use super::{Instance, Ready};
@@ -19,8 +19,6 @@ use crate::attention::Problem;
 
 /// Planned graphs that are kept.
 const GRAPHS_MAX: usize = 8;
-/// Runs after which a graph with caches that do not hold their prefix is looked at again, at most.
-const LONGEST_PAUSE: u32 = 64;
 
 /// What a plan is made for: place in the graph, call, and what the node's caches are verified under.
 type Asked = (usize, Option<Problem>, usize, u64);
@@ -38,9 +36,7 @@ pub(super) struct NodeGraph {
     scope: Arc<Scope>,
     /// Of nodes that the stock backend computes.
     dense: Vec<Reason>,
-    /// Runs until it is planned anew, and that time's length.
-    due: u32,
-    pause: u32,
+    pause: Pause,
 }
 
 /// A graph's list of nodes in which the stock backend's stand for ours.
@@ -147,8 +143,17 @@ impl Ready {
             count(|s| own.dense.iter().for_each(|reason| s.dense(*reason)));
         }
         match own.plan.run(graph, stock, &mut self.lanes) {
-            Ok(()) => sys::GGML_STATUS_SUCCESS,
+            Ok(None) => sys::GGML_STATUS_SUCCESS,
             Err(Failure::Stock(code)) => code,
+            Ok(Some(Left { error, n_node })) => {
+                {
+                    let _entered = enter(&own.scope);
+                    count(|s| (0..n_node).for_each(|_| s.dense(Reason::Kernel)));
+                }
+                self.node_graphs.clear();
+                self.say(&error);
+                sys::GGML_STATUS_SUCCESS
+            }
             Err(Failure::Ours(error)) => {
                 log(format_args!("{error}; the graph's result is refused (GGML_STATUS_FAILED)"));
                 self.node_graphs.clear();
@@ -181,18 +186,17 @@ impl Ready {
             let _entered = enter(&scope);
             snapshot()
         };
-        let mut pause = 0;
+        let mut before = None;
         let same = |own: &NodeGraph| own.uid == uid && own.n_node == n_node && own.asked == asked;
         if let Some(at) = self.node_graphs.iter().position(same) {
             let own = &mut self.node_graphs[at];
             let is_current = own.version == self.planner.places.version && Arc::ptr_eq(&own.snapshot, &snapshot);
             let settled =
                 own.dense.iter().all(|r| *r != Reason::Stale) && own.plan.tally.as_ref().is_none_or(|t| t.unbound == 0);
-            own.due = if settled { own.pause } else { own.due.saturating_sub(1) };
-            if is_current && (settled || own.due > 0) {
+            if own.pause.lasts(settled) && is_current {
                 return Ok(at);
             }
-            pause = own.pause;
+            before = Some(own.pause);
             self.node_graphs.remove(at);
         }
         // SAFETY: ggml hands us a live graph, in whose list our own tensors stand for some.
@@ -215,9 +219,8 @@ impl Ready {
         if self.node_graphs.len() == GRAPHS_MAX {
             self.node_graphs.remove(0);
         }
-        let pause = (2 * pause).clamp(1, LONGEST_PAUSE);
-        let own =
-            NodeGraph { uid, n_node, asked, snapshot, version, plan, _rows: rows, scope, dense, due: pause, pause };
+        let pause = Pause::after(before);
+        let own = NodeGraph { uid, n_node, asked, snapshot, version, plan, _rows: rows, scope, dense, pause };
         self.node_graphs.push(own);
         Ok(self.node_graphs.len() - 1)
     }

@@ -200,13 +200,36 @@ impl Lanes {
 pub enum Failure {
     /// The stock backend's own status.
     Stock(sys::ggml_status),
+    /// The device does not finish what was put on it: what is there is not known.
     Ours(Error),
 }
 
-impl From<Error> for Failure {
-    fn from(error: Error) -> Failure {
-        Failure::Ours(error)
-    }
+/// Why the steps of a graph ended early.
+enum Halt {
+    Stock(sys::ggml_status),
+    /// Nodes from `next` on are left.
+    Ours {
+        next: usize,
+        error: Error,
+    },
+}
+
+fn ours(next: usize) -> impl Fn(Error) -> Halt {
+    move |error| Halt::Ours { next, error }
+}
+
+/// One graph of a host.
+struct Asked<'a> {
+    graph: *mut sys::ggml_cgraph,
+    own: sys::ggml_cgraph,
+    nodes: &'a [*mut sys::ggml_tensor],
+    stock: &'a Stock<'a>,
+}
+
+/// What a run was left to the stock backend for: our error, and how many attention nodes.
+pub struct Left {
+    pub error: Error,
+    pub n_node: usize,
 }
 
 impl Plan {
@@ -243,45 +266,86 @@ impl Plan {
         self.tally.as_ref().map_or(0, |t| t.nodes.len())
     }
 
-    /// Puts the graph on the streams. Waits for nothing.
-    pub fn run(&mut self, graph: *mut sys::ggml_cgraph, stock: &Stock<'_>, lanes: &mut Lanes) -> Result<(), Failure> {
+    /// Puts the graph on the streams. Waits for nothing, unless something of ours cannot be put there: what is left of the
+    /// graph is the stock backend's then.
+    pub fn run(
+        &mut self,
+        graph: *mut sys::ggml_cgraph,
+        stock: &Stock<'_>,
+        lanes: &mut Lanes,
+    ) -> Result<Option<Left>, Failure> {
         // SAFETY: ggml hands us a live graph with n_nodes nodes.
-        let (own, nodes) = unsafe {
+        let asked = unsafe {
             let own = *graph;
-            (own, std::slice::from_raw_parts(own.nodes, own.n_nodes.max(0) as usize))
+            Asked { graph, own, nodes: std::slice::from_raw_parts(own.nodes, own.n_nodes.max(0) as usize), stock }
         };
-        if self.map.is_none() && self.steps.is_empty() {
-            return status(stock.compute(graph));
+        match self.put(&asked, lanes) {
+            Ok(()) => Ok(None),
+            Err(Halt::Stock(code)) => Err(Failure::Stock(code)),
+            Err(Halt::Ours { next, error }) => {
+                // Of what is on our stream nothing may come after what follows.
+                lanes.stream.synchronize().map_err(Failure::Ours)?;
+                let code = match &asked.nodes[next..] {
+                    [] => sys::GGML_STATUS_SUCCESS,
+                    _ if next == 0 => stock.compute(graph),
+                    left => stock.part(&asked.own, left, &mut lanes.mark),
+                };
+                match code {
+                    sys::GGML_STATUS_SUCCESS => Ok(Some(Left { error, n_node: self.n_own(next) })),
+                    code => Err(Failure::Stock(code)),
+                }
+            }
         }
-        lanes.follow(stock)?;
+    }
+
+    /// Our steps from this node on.
+    fn n_own(&self, next: usize) -> usize {
+        let (mut node, mut n) = (0, 0);
+        for step in &self.steps {
+            match step {
+                Step::Stock(range) => node = range.end,
+                _ => {
+                    n += usize::from(node >= next);
+                    node += 1;
+                }
+            }
+        }
+        n
+    }
+
+    fn put(&mut self, asked: &Asked<'_>, lanes: &mut Lanes) -> Result<(), Halt> {
+        let stock = asked.stock;
+        if self.map.is_none() && self.steps.is_empty() {
+            return status(stock.compute(asked.graph));
+        }
+        lanes.follow(stock).map_err(ours(0))?;
         if self.steps.is_empty() || self.is_idle() {
-            self.check(lanes)?;
-            lanes.lead(stock)?;
-            return status(stock.compute(graph));
+            self.check(lanes).and_then(|()| lanes.lead(stock)).map_err(ours(0))?;
+            return status(stock.compute(asked.graph));
         }
         self.runs += 1;
         if self.runs > 1 && self.captured.is_none() && self.can_be_captured && !lanes.eager {
-            match self.capture(&own, nodes, stock, lanes) {
+            match self.capture(asked, lanes) {
                 Ok(captured) => self.captured = Some(captured),
-                Err(Failure::Stock(code)) => return Err(Failure::Stock(code)),
-                Err(Failure::Ours(error)) => {
+                Err(Halt::Ours { error, .. }) => {
                     lanes.eager = true;
                     log(format_args!("{error}; graphs are computed part by part from now on"));
                 }
+                Err(halt) => return Err(halt),
             }
         }
         match &self.captured {
             // SAFETY: the graph has the same number as the one that was captured, hence the same tensors; all else is kept by
             // the plan and the bindings, without which it is dropped.
-            Some(captured) => unsafe { captured.launch(&lanes.stream)? },
-            None => self.body(&own, nodes, stock, lanes)?,
+            Some(captured) => unsafe { captured.launch(&lanes.stream) }.map_err(ours(0))?,
+            None => self.body(asked, lanes)?,
         }
+        let all = asked.nodes.len();
         if let Some(tally) = &mut self.tally {
-            tally.done.record(&lanes.stream)?;
+            tally.done.record(&lanes.stream).map_err(ours(all))?;
             tally.pending = true;
         }
-        lanes.lead(stock)?;
-        Ok(())
+        lanes.lead(stock).map_err(ours(all))
     }
 
     fn check(&self, lanes: &Lanes) -> Result<(), Error> {
@@ -293,66 +357,61 @@ impl Plan {
     }
 
     /// Everything, from our stream and back to it.
-    fn body(
-        &self,
-        graph: &sys::ggml_cgraph,
-        nodes: &[*mut sys::ggml_tensor],
-        stock: &Stock<'_>,
-        lanes: &mut Lanes,
-    ) -> Result<(), Failure> {
-        self.check(lanes)?;
+    fn body(&self, asked: &Asked<'_>, lanes: &mut Lanes) -> Result<(), Halt> {
+        let (nodes, stock) = (asked.nodes, asked.stock);
+        self.check(lanes).map_err(ours(0))?;
+        let mut next = 0;
         for step in &self.steps {
             match step {
-                Step::Stock(range) => status(stock.part(graph, &nodes[range.clone()], &mut lanes.mark))?,
-                Step::Attend(launches) => {
-                    lanes.follow(stock)?;
-                    for attention in launches {
-                        // SAFETY: tensors of the graph at hand; the workspace is used by one call after the other.
-                        unsafe { attention.launch_after_others(lanes.stream.raw())? };
-                    }
-                    lanes.lead(stock)?;
+                Step::Stock(range) => {
+                    status(stock.part(&asked.own, &nodes[range.clone()], &mut lanes.mark))?;
+                    next = range.end;
                 }
-                Step::Prefill(prefill) => {
-                    lanes.follow(stock)?;
-                    // SAFETY: as above.
-                    unsafe { prefill.launch(lanes.stream.raw())? };
-                    lanes.lead(stock)?;
-                }
-                Step::Zero { at, bytes } => {
-                    lanes.follow(stock)?;
-                    // SAFETY: the node's own output.
-                    unsafe { lanes.stream.zero(*at, *bytes)? };
-                    lanes.lead(stock)?;
+                own => {
+                    let done = lanes.follow(stock).and_then(|()| own.start(&lanes.stream));
+                    done.and_then(|()| lanes.lead(stock)).map_err(ours(next))?;
+                    next += 1;
                 }
             }
         }
-        lanes.follow(stock)?;
+        lanes.follow(stock).map_err(ours(next))?;
         if let Some(tally) = &self.tally {
             // SAFETY: of one size; both live as long as the plan.
-            unsafe { lanes.stream.copy_out(&tally.host, tally.device.address())? };
+            unsafe { lanes.stream.copy_out(&tally.host, tally.device.address()) }.map_err(ours(next))?;
         }
         Ok(())
     }
 
-    fn capture(
-        &self,
-        graph: &sys::ggml_cgraph,
-        nodes: &[*mut sys::ggml_tensor],
-        stock: &Stock<'_>,
-        lanes: &mut Lanes,
-    ) -> Result<Executable, Failure> {
-        lanes.stream.begin_capture()?;
+    fn capture(&self, asked: &Asked<'_>, lanes: &mut Lanes) -> Result<Executable, Halt> {
+        lanes.stream.begin_capture().map_err(ours(0))?;
         // The stock backend's stream is drawn in by the first event that it waits for.
-        let done = lanes.lead(stock).map_err(Failure::from).and_then(|()| self.body(graph, nodes, stock, lanes));
+        let done = lanes.lead(asked.stock).map_err(ours(0)).and_then(|()| self.body(asked, lanes));
         let captured = lanes.stream.end_capture();
         done?;
-        Ok(captured?)
+        captured.map_err(ours(0))
     }
 }
 
-fn status(code: sys::ggml_status) -> Result<(), Failure> {
+impl Step {
+    /// Puts what is ours on a stream.
+    fn start(&self, stream: &Stream) -> Result<(), Error> {
+        match self {
+            Step::Stock(_) => Ok(()),
+            // SAFETY: tensors of the graph at hand; the workspace is used by one call after the other.
+            Step::Attend(launches) => unsafe {
+                launches.iter().try_for_each(|attention| attention.launch_after_others(stream.raw()))
+            },
+            // SAFETY: as above.
+            Step::Prefill(prefill) => unsafe { prefill.launch(stream.raw()) },
+            // SAFETY: the node's own output.
+            Step::Zero { at, bytes } => unsafe { stream.zero(*at, *bytes) },
+        }
+    }
+}
+
+fn status(code: sys::ggml_status) -> Result<(), Halt> {
     match code {
         sys::GGML_STATUS_SUCCESS => Ok(()),
-        code => Err(Failure::Stock(code)),
+        code => Err(Halt::Stock(code)),
     }
 }

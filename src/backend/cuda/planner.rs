@@ -12,7 +12,7 @@ use super::plan::{Counted, Share};
 use crate::attention::cuda::{
     self, Attention, Bound, Buffer, Call, Device, Error, Prefill, Stream, Workspace, MAX_PREFILL_ROWS, MAX_ROWS,
 };
-use crate::attention::{Array, Problem, Rotation};
+use crate::attention::{Problem, Rotation};
 
 /// What is known and held on one GPU.
 pub struct Planner {
@@ -20,6 +20,30 @@ pub struct Planner {
     pub places: Places,
     /// Shared by all plans that it is large enough for.
     pub(super) workspace: Option<Arc<Workspace>>,
+}
+
+/// Runs after which a plan whose caches do not hold their prefix is looked at again, at most.
+const LONGEST_PAUSE: u32 = 64;
+
+/// Runs until a plan is made anew, where something of it was not settled: twice as many each time.
+#[derive(Clone, Copy)]
+pub(super) struct Pause {
+    due: u32,
+    length: u32,
+}
+
+impl Pause {
+    /// That of a new plan; `before`: of the one that it takes the place of.
+    pub(super) fn after(before: Option<Pause>) -> Pause {
+        let length = before.map_or(1, |p| (2 * p.length).min(LONGEST_PAUSE));
+        Pause { due: length, length }
+    }
+
+    /// Before a run: may the plan be used as it is?
+    pub(super) fn lasts(&mut self, settled: bool) -> bool {
+        self.due = if settled { self.length } else { self.due.saturating_sub(1) };
+        settled || self.due > 0
+    }
 }
 
 /// A node whose cache is known.
@@ -63,17 +87,17 @@ impl Planner {
         if p.k.ne[3] != p.v.ne[3] || p.q.ne[3] % p.k.ne[3] != 0 {
             return Err(Reason::Shape);
         }
-        if self.is_here(&p) {
-            Ok(p)
-        } else {
-            Err(Reason::Type)
-        }
+        Ok(p)
     }
 
     /// Are a call's arrays in this GPU's memory?
-    pub(super) fn is_here(&self, p: &Problem) -> bool {
-        let on_device = |a: &Array| cuda::is_on(&self.gpu, a.data as u64);
-        [Some(p.q), Some(p.k), Some(p.v), Some(p.dst), p.mask].iter().flatten().all(on_device)
+    pub(super) fn is_here(&self, p: &Problem) -> Result<bool, Error> {
+        for array in [Some(p.q), Some(p.k), Some(p.v), Some(p.dst), p.mask].iter().flatten() {
+            if !cuda::is_on(&self.gpu, array.data as u64)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Plans nodes by their places in a graph. Waits for the device where a cache is new.
@@ -92,6 +116,7 @@ impl Planner {
                 continue;
             }
             match self.refused(node, &snapshot) {
+                Ok(problem) if !self.is_here(&problem)? => planned.dense.push(Reason::Type),
                 Ok(problem) => match self.places.learn(node, &problem, &self.gpu, stream) {
                     Ok(()) => taken.push(Taken { at: *at, node, problem, snapshot }),
                     Err(Error::Unsupported { .. }) => planned.dense.push(Reason::Kernel),

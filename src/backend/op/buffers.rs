@@ -115,7 +115,7 @@ impl OpContext {
     /// changed. What was sparse is counted once the GPU is done.
     ///
     /// # Errors
-    /// See [`AttendError`]; nothing was put on the stream.
+    /// See [`AttendError`]; the output is then what it was, or written in part.
     ///
     /// # Safety
     /// `stream` is null or a stream of the GPU's primary context, and lives as long as this; the problem's arrays are the GPU's
