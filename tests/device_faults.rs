@@ -6,11 +6,10 @@ mod attend_case;
 #[path = "device_faults/control.rs"]
 mod control;
 
-use std::path::Path;
 use std::sync::Arc;
 
 use attend_case::{Case, Spec, LAYER};
-use control::{run_with, Driver};
+use control::{run_with, Driver, MADE_UP};
 use ggml_squeeze::attention::cuda::{
     Attention, Bound, Buffer, Call, Device, DeviceRows, Error, Event, Mapped, Masks, Prefill, PrefillCall, Resident,
     RowMap, RowNumbers, Stream, Watched, Workspace,
@@ -27,8 +26,7 @@ fn every_driver_call_may_fail() {
         println!("skipped: this build has no CUDA kernels");
         return;
     }
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/device_faults/driver.c");
-    let out = run_with(&source, "with_the_made_up_driver");
+    let out = run_with(MADE_UP, "with_the_made_up_driver");
     assert_eq!(out.matches("failing calls").count(), 6, "{out}");
 }
 

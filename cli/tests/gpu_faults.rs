@@ -5,11 +5,11 @@
 mod control;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use clap::Parser;
-use control::{run_with, Driver};
+use control::{run_with, Driver, FORWARD};
 use ggml_squeeze::backend::{self, set_log};
 use ggml_squeeze::config::{Config, ModeSetting};
 use ggml_squeeze::index::Index;
@@ -30,8 +30,7 @@ const N_TRY: usize = 120;
 #[test]
 #[ignore = "needs a GPU, SQZ_MODEL and SQZ_TEXT"]
 fn whatever_call_of_the_driver_fails_the_host_lives_and_answers() {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/device_faults/forward.c");
-    let said = run_with(&source, "with_failing_calls");
+    let said = run_with(FORWARD, "with_failing_calls");
     assert!(said.contains("failing calls"), "{said}");
 }
 

@@ -1,20 +1,27 @@
 //! Drivers of which calls fail on demand: built, put before the machine's own in a process of their own, and told what to do there.
 
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
-use std::path::Path;
 use std::process::Command;
 
 const VARIABLE: &str = "SQZ_MADE_UP_DRIVER";
+
+/// A driver that is made up (driver.c), and the machine's own but for the calls that fail (forward.c).
+#[allow(dead_code)] // each program has one of them
+pub const MADE_UP: &str = include_str!("driver.c");
+#[allow(dead_code)]
+pub const FORWARD: &str = include_str!("forward.c");
 
 /// Runs a test of the calling program by itself, with the driver of this source; what it says.
 ///
 /// # Panics
 /// It fails.
-pub fn run_with(source: &Path, test: &str) -> String {
+pub fn run_with(source: &str, test: &str) -> String {
     let folder = tempfile::tempdir().unwrap();
-    let driver = folder.path().join("libcuda.so");
+    let (driver, file) = (folder.path().join("libcuda.so"), folder.path().join("driver.c"));
+    std::fs::write(&file, source).unwrap();
+    std::fs::write(folder.path().join("control.h"), include_str!("control.h")).unwrap();
     let mut cc = Command::new(std::env::var_os("CC").unwrap_or("cc".into()));
-    cc.args(["-shared", "-fPIC", "-O1", "-Wall", "-Werror"]).arg(source).arg("-o").arg(&driver);
+    cc.args(["-shared", "-fPIC", "-O1", "-Wall", "-Werror"]).arg(&file).arg("-o").arg(&driver);
     assert!(cc.status().unwrap().success());
     let before = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
     let path = format!("{}:{before}", folder.path().display());

@@ -4,7 +4,6 @@
 //! to llama.cpp. On a GPU (`--ignored gpu::`) the driver is the real one, but for the call that fails.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use ggml_squeeze::attention::cuda;
@@ -13,7 +12,7 @@ use ggml_squeeze::config::ModeSetting;
 use ggml_squeeze::index::Index;
 use llama_cpp_sys_2 as sys;
 
-use super::control::{run_with, Driver};
+use super::control::{run_with, Driver, MADE_UP};
 use super::gpu::relative_error;
 use super::host::*;
 use super::{made_up, BUDGET};
@@ -21,18 +20,13 @@ use super::{made_up, BUDGET};
 /// Runs of a graph: part by part, captured, and twice more.
 const N_RUN: usize = 4;
 
-/// A driver's.
-pub fn source(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/device_faults").join(name)
-}
-
 #[test]
 fn whatever_call_of_the_driver_fails_a_graph_is_computed() {
     if cuda::missing().is_some() {
         println!("skipped: this build has no CUDA kernels");
         return;
     }
-    let said = run_with(&source("driver.c"), "faults::on_a_made_up_gpu");
+    let said = run_with(MADE_UP, "faults::on_a_made_up_gpu");
     assert_eq!(said.matches("failing calls").count(), 2, "{said}");
 }
 

@@ -8,8 +8,7 @@ use ggml_squeeze::backend::OpContext;
 use ggml_squeeze::index::Index;
 use llama_cpp_sys_2 as sys;
 
-use super::control::run_with;
-use super::faults::source;
+use super::control::{run_with, FORWARD};
 use super::host::*;
 use super::{booked, Booked, BUDGET};
 
@@ -271,6 +270,6 @@ fn a_call_on_device_memory_agrees_with_the_specification() {
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn whatever_call_of_the_driver_fails_a_graph_is_computed() {
-    let said = run_with(&source("forward.c"), "faults::on_a_real_gpu");
+    let said = run_with(FORWARD, "faults::on_a_real_gpu");
     assert_eq!(said.matches("failing calls").count(), 2, "{said}");
 }
