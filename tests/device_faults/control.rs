@@ -1,14 +1,15 @@
 //! Drivers of which calls fail on demand: built, put before the machine's own in a process of their own, and told what to do there.
 
+// each program uses a part
+#![allow(dead_code)]
+
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
 use std::process::Command;
 
 const VARIABLE: &str = "SQZ_MADE_UP_DRIVER";
 
 /// A driver that is made up (driver.c), and the machine's own but for the calls that fail (forward.c).
-#[allow(dead_code)] // each program has one of them
 pub const MADE_UP: &str = include_str!("driver.c");
-#[allow(dead_code)]
 pub const FORWARD: &str = include_str!("forward.c");
 
 /// Runs a test of the calling program by itself, with the driver of this source; what it says.

@@ -39,3 +39,22 @@ pub fn trials() -> usize {
         20
     }
 }
+
+/// KL divergence of each answer's distributions from the wanted ones', in nats: logits of a token after the other.
+pub fn divergences(answer: &[Vec<f32>], want: &[Vec<f32>]) -> Vec<f64> {
+    let logs = |logits: &[f32]| {
+        let most = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        let sum: f64 = logits.iter().map(|x| (f64::from(*x) - most).exp()).sum();
+        logits.iter().map(|x| f64::from(*x) - most - sum.ln()).collect::<Vec<f64>>()
+    };
+    let of = |(own, want): (&Vec<f32>, &Vec<f32>)| {
+        // What is no number is infinitely far.
+        let sum: f64 = logs(want).iter().zip(logs(own)).map(|(p, q)| p.exp() * (p - q)).sum();
+        if sum.is_nan() {
+            f64::INFINITY
+        } else {
+            sum
+        }
+    };
+    answer.iter().zip(want).map(of).collect()
+}
