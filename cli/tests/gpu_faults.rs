@@ -92,7 +92,7 @@ fn with_failing_calls() {
     let question = prefix[prefix.len() / 2..][..N_QUESTION].to_vec();
     let asked = Asked { model, args: build.model, prefix, question };
 
-    // All clusters are kept: whoever computes a node, its result is dense attention's, up to rounding.
+    // All clusters are kept: whoever computes a node, its result is dense attention's.
     backend::configure(|c| (c.min_prefix, c.mode, c.disable) = (Some(0), ModeSetting::Budget(1.0), true));
     backend::set_indexes(vec![index]).unwrap();
     let (dense, _) = asked.answer();
@@ -107,7 +107,8 @@ fn with_failing_calls() {
         (worst(&answer, &dense), n_call)
     };
     let (base, n_call) = sparse();
-    let most = (20.0 * base).max(1e-5);
+    // llama.cpp's kernels and ours round differently: a mixture of both is about as far off as all of ours.
+    let most = 3.0 * base;
     let lines = Arc::new(Mutex::new(Vec::new()));
     let sink = lines.clone();
     set_log(Some(Box::new(move |line| sink.lock().unwrap().push(line.to_string_lossy().into_owned()))));

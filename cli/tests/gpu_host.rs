@@ -123,7 +123,7 @@ fn without_a_bound_index_logits_are_llama_cpps_own_on_any_devices() {
             "{}: the same logits without a bound index; with one, at budget 1, KL {off:.1e} from them; {stats}",
             place.name
         );
-        assert!(stats.nodes_sparse > 0 && off < 0.01, "{}: KL {off}: {stats}", place.name);
+        assert!(stats.nodes_sparse > 0 && off < 0.05, "{}: KL {off}: {stats}", place.name);
     }
 }
 

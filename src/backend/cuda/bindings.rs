@@ -2,6 +2,7 @@
 //! new graph is planned; checked on the device in every graph.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::super::binding::Matcher;
@@ -11,6 +12,7 @@ use super::super::rows::{is_quantised, CacheRows, Rows};
 use super::super::runtime::{count, Loaded, Snapshot};
 use super::super::stats::log;
 use super::make::make_room;
+use super::seen::{runs_of, Seen};
 use crate::attention::cuda::{self, Bound, Compared, Device, DeviceRows, Error, Resident, RowNumbers, Stream, Watched};
 use crate::attention::Element;
 use crate::index::Index;
@@ -25,32 +27,13 @@ pub struct Binding {
     pub index_number: usize,
     pub stream: usize,
     pub cells: Arc<[u32]>,
+    pub runs: Vec<Range<u32>>,
     pub last_cell: usize,
     pub watched: Watched,
     /// Layer whose rows end it when they change, and where they were.
     pub guard: (u32, DeviceRows),
     /// Where other backends have layers of the index.
     claim: Option<Arc<Claim>>,
-}
-
-/// A query row of the graph at hand, as its mask shows it.
-pub struct Seen {
-    pub stream: usize,
-    /// Visible cells, ascending.
-    pub cells: Vec<u32>,
-}
-
-impl Seen {
-    /// Does the row see every cell?
-    pub fn all(&self, cells: &[u32]) -> bool {
-        let (Some(first), Some(last)) = (cells.first(), cells.last()) else { return true };
-        if cells.windows(2).all(|w| w[1] == w[0] + 1) {
-            // Both ascend: nothing is missing in between if the ends are as far apart.
-            let at = self.cells.binary_search(first);
-            return at.is_ok_and(|at| self.cells.get(at + cells.len() - 1) == Some(last));
-        }
-        self.cells.len() >= cells.len() && cells.iter().all(|c| self.cells.binary_search(c).is_ok())
-    }
 }
 
 /// What is bound in one backend instance.
@@ -174,11 +157,11 @@ impl Bindings {
             // Indexes are in order of length, the longest first.
             for (number, loaded) in snapshot.indexes.iter().enumerate() {
                 let matcher = &loaded.matcher;
-                if self.all.iter().any(|b| b.index_number == number && b.stream == row.stream && row.all(&b.cells)) {
+                if self.all.iter().any(|b| b.index_number == number && b.stream == row.stream && row.all(&b.runs)) {
                     break;
                 }
                 let n = matcher.index.meta().n_prefix();
-                if row.cells.len() < n || n < min_prefix(matcher) {
+                if row.n_cell() < n || n < min_prefix(matcher) {
                     continue;
                 }
                 if self.try_index(snapshot, number, layers, row, &mut written, gpu)? {
@@ -215,7 +198,10 @@ impl Bindings {
             }
             let is_it = |b: &Binding| b.index_number == number && b.stream == stream && b.cells == *cells;
             let long_enough = cells.len() >= min_prefix(&snapshot.indexes[number].matcher);
-            let is_seen = || seen.iter().any(|row| row.stream == stream && row.all(cells));
+            let is_seen = || {
+                let runs = runs_of(cells.iter().copied());
+                seen.iter().any(|row| row.stream == stream && row.all(&runs))
+            };
             if self.all.iter().any(is_it) || !long_enough || !is_seen() {
                 continue;
             }
@@ -251,7 +237,7 @@ impl Bindings {
             return Ok(false);
         }
         let Some(rows) = device_rows(layers, sketch.layer, stream) else { return Ok(false) };
-        let n_cell = row.cells.last().map_or(0, |c| *c as usize + 1);
+        let n_cell = row.end();
         if sketch.k_dims.len().max(sketch.v_dims.len()) > ELEMENTS_MAX || n_cell > rows.n_cell {
             return Ok(false);
         }
@@ -267,7 +253,7 @@ impl Bindings {
         let copy = unsafe { cuda::gather(&rows, n_cell, &k, &v, gpu.device, gpu.stream)? };
         let compact = compact(&copy, &full, &k, &v, n_cell);
         let being_written = written.cells(rows.n_cell, stream, gpu)?;
-        let Some(cells) = matcher.find(&compact, &row.cells, &|cell| !being_written.contains(&cell)) else {
+        let Some(cells) = matcher.find(&compact, &row.cells(), &|cell| !being_written.contains(&cell)) else {
             return Ok(false);
         };
         self.bind(snapshot, number, layers, (stream, &cells.into()), None, gpu)
@@ -310,8 +296,9 @@ impl Bindings {
         let last = cells[matcher.last_clustered()] as usize;
         // SAFETY: as above; plans check that the rows are where they were.
         unsafe { watched.guard(deep, last, gpu.stream)? };
+        let runs = runs_of(cells.iter().copied());
         if snapshot.config.log > 0 {
-            let how = if cells.windows(2).all(|w| w[1] == w[0] + 1) { "contiguous" } else { "scattered" };
+            let how = if runs.len() == 1 { "contiguous" } else { "scattered" };
             let (n, first, gpu) = (cells.len(), cells[0], gpu.device.name());
             log(format_args!(
                 "{} is bound: {n} tokens from cell {first} of stream {stream}, {how}, on {gpu}",
@@ -323,7 +310,7 @@ impl Bindings {
         let guard = (deepest, deep);
         make_room(&mut self.all);
         let cells = cells.clone();
-        self.all.push(Binding { index_number: number, stream, cells, last_cell, watched, guard, claim });
+        self.all.push(Binding { index_number: number, stream, cells, runs, last_cell, watched, guard, claim });
         Ok(true)
     }
 

@@ -6,9 +6,10 @@ use super::super::binding::Matcher;
 use super::super::graph::unrotated;
 use super::super::runtime::{Loaded, Snapshot};
 use super::super::stats::Reason;
-use super::bindings::{device_rows, Gpu, Seen};
+use super::bindings::{device_rows, Gpu};
 use super::launch::{cut, dense_call, prefill, Launch};
 use super::plan::{Plan, Share, Step, Tally};
+use super::seen::Seen;
 use super::stock::Stock;
 use super::survey::{Site, Survey};
 use super::Ready;
@@ -22,7 +23,7 @@ use crate::index::Index;
 /// A plan, the reasons of nodes that stay dense, and the number of forced ones.
 type Made = (Plan, Vec<Reason>, u64);
 
-/// Rows of a prefill whose masks are looked at for a binding, evenly spread, the last one among them.
+/// Rows of a prefill whose masks are looked at for a binding.
 const ROWS_SEEN: usize = 16;
 
 /// Shortest prefix that an index is used for.
@@ -211,22 +212,24 @@ impl Ready {
         RowMap::new(&self.gpu, masks, &watched, choice.len(), written)
     }
 
-    /// What each query row sees (of a prefill some of them), copied from its mask. Waits for the device.
+    /// What each query row sees, or of a prefill's some of each stream, evenly spread, the last one among them: copied from
+    /// their masks. Waits for the device.
     fn seen(&self, site: &Site, mask: &Array) -> Result<Vec<Seen>, Error> {
         let p = &site.problem;
-        let share = (p.q.ne[3] / p.k.ne[3].max(1)).max(1);
-        let mut all = Vec::new();
-        let mut row = vec![f16::ZERO; p.k.ne[1]];
-        let (n_query, n_row) = (p.q.ne[1], p.n_row());
-        let n = if n_row > MAX_ROWS { ROWS_SEEN } else { n_row };
-        for number in (1..=n).map(|i| i * n_row / n - 1) {
-            let (stream, query) = (number / n_query, number % n_query);
-            let at = mask.data as u64 + (query * mask.nb[1] + stream % mask.ne[3].max(1) * mask.nb[3]) as u64;
-            // SAFETY: a row of the graph's mask, n_kv elements inside its extents (checked by `refusal`).
-            unsafe { self.lanes.stream.read(at, &mut row)? };
-            let shown = row.iter().enumerate().filter(|(_, m)| m.to_bits() & 0x7fff == 0);
-            let cells = shown.map(|(cell, _)| cell as u32).collect();
-            all.push(Seen { stream: site.first_stream + stream / share, cells });
+        let ([_, n_query, _, n_stream], n_kv) = (p.q.ne, p.k.ne[1]);
+        if p.n_row() == 0 || n_kv == 0 {
+            return Ok(Vec::new());
+        }
+        let share = (n_stream / p.k.ne[3].max(1)).max(1);
+        let n = if p.n_row() > MAX_ROWS { (ROWS_SEEN / n_stream).clamp(1, n_query) } else { n_query };
+        let (step, mut all, mut rows) = (n_query / n, Vec::new(), vec![f16::ZERO; n * n_kv]);
+        let first = n_query - 1 - (n - 1) * step;
+        for stream in 0..n_stream {
+            let at = mask.data as u64 + (first * mask.nb[1] + stream % mask.ne[3].max(1) * mask.nb[3]) as u64;
+            let to = bytemuck::cast_slice_mut(&mut rows);
+            // SAFETY: rows of the graph's mask, n_kv elements each inside its extents (checked by `refusal`).
+            unsafe { self.lanes.stream.read_rows(at, step * mask.nb[1], 2 * n_kv, to)? };
+            all.extend(rows.chunks_exact(n_kv).map(|row| Seen::of(site.first_stream + stream / share, row)));
         }
         Ok(all)
     }
@@ -322,9 +325,8 @@ impl Ready {
         if sites.is_empty() {
             return Ok(None);
         }
-        let sees =
-            |row: &Seen| choice.iter().any(|i| bindings[*i].stream == row.stream && row.all(&bindings[*i].cells));
-        let seen = seen.map(|rows| rows.iter().map(|row| (row.cells.len(), sees(row))).collect::<Vec<_>>());
+        let sees = |row: &Seen| choice.iter().any(|i| bindings[*i].stream == row.stream && row.all(&bindings[*i].runs));
+        let seen = seen.map(|rows| rows.iter().map(|row| (row.n_cell(), sees(row))).collect::<Vec<_>>());
         // Whoever says from which prefix on wants it there.
         if snapshot.config.min_prefix.is_none() {
             let clustered = |i: &usize| {

@@ -12,6 +12,7 @@ mod nodes;
 mod places;
 mod plan;
 mod planner;
+mod seen;
 mod stock;
 mod survey;
 

@@ -9,7 +9,6 @@ use super::super::layers::Layers;
 use super::super::runtime::{Loaded, Snapshot};
 use super::super::stats::Reason;
 use super::super::tensor::Tensor;
-use super::bindings::Seen;
 use super::launch::cut;
 use super::make::{are_too_many, make_room, refusal};
 use super::survey::Survey;
@@ -194,15 +193,6 @@ fn the_oldest_binding_makes_room() {
         all.push(i);
     }
     assert_eq!(all, (2..BOUND_MAX + 2).collect::<Vec<_>>());
-}
-
-#[test]
-fn a_row_sees_cells_with_or_without_gaps() {
-    let seen = Seen { stream: 0, cells: vec![1, 2, 3, 5, 6, 9, 10, 11] };
-    let all = |cells: &[u32]| seen.all(cells);
-    assert!(all(&[]) && all(&[1, 2, 3]) && all(&[9, 10, 11]) && all(&[11]) && all(&[6, 2, 9]));
-    assert!(!all(&[3, 4, 5]) && !all(&[0, 1]) && !all(&[10, 11, 12]) && !all(&[4]) && !all(&[5, 6, 7, 8, 9]));
-    assert!(!all(&[2, 4]) && !all(&[12, 1]));
 }
 
 #[test]
