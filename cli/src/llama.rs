@@ -88,7 +88,7 @@ pub struct GpuArgs {
     /// Devices that layers are offloaded to (-dev), separated by commas; none: the CPU alone [default: all GPUs]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub device: Vec<String>,
-    /// Cache, and attention, in the CPU's memory even so (-nkvo)
+    /// Cache in the CPU's memory even so (-nkvo)
     #[arg(long)]
     pub no_kv_offload: bool,
 }

@@ -1,5 +1,5 @@
-//! llama.cpp with a model on one or more GPUs, with and without the plugin: the same logits to the bit where no index is bound, and an index
-//! that is bound with the cache on the CPU. Needs a GPU, and llama.cpp's CUDA backend: run with `--ignored`, the model and a text in SQZ_MODEL
+//! llama.cpp with a model on one or more GPUs, with and without the plugin: the same logits to the bit where no index is bound, and close ones
+//! where one is that keeps all. Needs a GPU, and llama.cpp's CUDA backend: run with `--ignored`, the model and a text in SQZ_MODEL
 //! and SQZ_TEXT.
 
 mod common;
@@ -123,6 +123,11 @@ fn without_a_bound_index_logits_are_llama_cpps_own_on_any_devices() {
             "{}: the same logits without a bound index; with one, at budget 1, KL {off:.1e} from them; {stats}",
             place.name
         );
+        if place.cache_on_cpu {
+            // What the GPU gets then is a copy of the cache, whose writes it does not see.
+            assert!(stats.nodes_sparse == 0 && off == 0.0, "{}: KL {off}: {stats}", place.name);
+            continue;
+        }
         assert!(stats.nodes_sparse > 0 && off < 0.05, "{}: KL {off}: {stats}", place.name);
     }
 }
