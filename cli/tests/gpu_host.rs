@@ -43,12 +43,11 @@ const PLACES: [Place; 5] = [
 
 impl Place {
     fn is_here(&self) -> bool {
-        let there = |name: &&str| {
+        self.devices.iter().all(|name| {
             let name = std::ffi::CString::new(*name).unwrap();
             // SAFETY: ggml's own list of devices.
             !unsafe { llama_cpp_sys_2::ggml_backend_dev_by_name(name.as_ptr()) }.is_null()
-        };
-        self.devices.iter().all(|name| there(name))
+        })
     }
 
     fn args(&self, model: &ModelArgs) -> ModelArgs {

@@ -95,6 +95,6 @@ mod tests {
         }
         let none = seen(&[], 64);
         assert_eq!((none.n_cell(), none.end(), none.stream), (0, 0, 3));
-        assert_eq!(seen(&(0..64).collect::<Vec<_>>(), 64).runs, [0..64]);
+        assert_eq!(seen(&(0..64).collect::<Vec<_>>(), 64).runs, runs_of(0..64));
     }
 }
