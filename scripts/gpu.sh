@@ -30,11 +30,13 @@ tests() {
 }
 ops() {
     local device
+    local -A passed
     for device in CUDA0 SQZ0; do
         GGML_BACKEND_PATH=$bin/libggml-squeeze.so GGML_SQUEEZE_DEVICES=1 "$bin/test-backend-ops" test -b "$device" -j "$(nproc)" > "$out/ops-$device.log" 2>&1
-        echo "$device: ERROR SUMMARY: $(grep -aE '[0-9]+/[0-9]+ tests passed' "$out/ops-$device.log" | tr '\n' ' ')"
+        passed[$device]=$(grep -aoE '[0-9]+/[0-9]+ tests passed' "$out/ops-$device.log")
+        echo "| $device | ${passed[$device]} |"
     done
-    cmp <(grep -aoE '[0-9]+/[0-9]+ tests passed' "$out/ops-CUDA0.log") <(grep -aoE '[0-9]+/[0-9]+ tests passed' "$out/ops-SQZ0.log")
+    [[ -n ${passed[SQZ0]} && ${passed[SQZ0]} == "${passed[CUDA0]}" ]]
 }
 pipelined() { # pipelined MODEL [VARIABLE=VALUE...]: contexts that llama.cpp makes for pipeline parallelism
     local model=$1

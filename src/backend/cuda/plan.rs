@@ -219,8 +219,8 @@ fn ours(next: usize) -> impl Fn(Error) -> Halt {
 }
 
 /// One graph of a host.
-struct Asked<'a> {
-    graph: *mut sys::ggml_cgraph,
+struct Graph<'a> {
+    raw: *mut sys::ggml_cgraph,
     own: sys::ggml_cgraph,
     nodes: &'a [*mut sys::ggml_tensor],
     stock: &'a Stock<'a>,
@@ -270,25 +270,25 @@ impl Plan {
     /// graph is the stock backend's then.
     pub fn run(
         &mut self,
-        graph: *mut sys::ggml_cgraph,
+        raw: *mut sys::ggml_cgraph,
         stock: &Stock<'_>,
         lanes: &mut Lanes,
     ) -> Result<Option<Left>, Failure> {
         // SAFETY: ggml hands us a live graph with n_nodes nodes.
-        let asked = unsafe {
-            let own = *graph;
-            Asked { graph, own, nodes: std::slice::from_raw_parts(own.nodes, own.n_nodes.max(0) as usize), stock }
+        let graph = unsafe {
+            let own = *raw;
+            Graph { raw, own, nodes: std::slice::from_raw_parts(own.nodes, own.n_nodes.max(0) as usize), stock }
         };
-        match self.put(&asked, lanes) {
+        match self.put(&graph, lanes) {
             Ok(()) => Ok(None),
             Err(Halt::Stock(code)) => Err(Failure::Stock(code)),
             Err(Halt::Ours { next, error }) => {
                 // Of what is on our stream nothing may come after what follows.
                 lanes.stream.synchronize().map_err(Failure::Ours)?;
-                let code = match &asked.nodes[next..] {
+                let code = match &graph.nodes[next..] {
                     [] => sys::GGML_STATUS_SUCCESS,
-                    _ if next == 0 => stock.compute(graph),
-                    left => stock.part(&asked.own, left, &mut lanes.mark),
+                    _ if next == 0 => stock.compute(raw),
+                    left => stock.part(&graph.own, left, &mut lanes.mark),
                 };
                 match code {
                     sys::GGML_STATUS_SUCCESS => Ok(Some(Left { error, n_node: self.n_own(next) })),
@@ -298,9 +298,12 @@ impl Plan {
         }
     }
 
-    /// Our steps from this node on.
+    /// Our steps from this node on. Those of an idle plan are counted already.
     fn n_own(&self, next: usize) -> usize {
         let (mut node, mut n) = (0, 0);
+        if self.is_idle() {
+            return 0;
+        }
         for step in &self.steps {
             match step {
                 Step::Stock(range) => node = range.end,
@@ -313,19 +316,19 @@ impl Plan {
         n
     }
 
-    fn put(&mut self, asked: &Asked<'_>, lanes: &mut Lanes) -> Result<(), Halt> {
-        let stock = asked.stock;
+    fn put(&mut self, graph: &Graph<'_>, lanes: &mut Lanes) -> Result<(), Halt> {
+        let stock = graph.stock;
         if self.map.is_none() && self.steps.is_empty() {
-            return status(stock.compute(asked.graph));
+            return status(stock.compute(graph.raw));
         }
         lanes.follow(stock).map_err(ours(0))?;
         if self.steps.is_empty() || self.is_idle() {
             self.check(lanes).and_then(|()| lanes.lead(stock)).map_err(ours(0))?;
-            return status(stock.compute(asked.graph));
+            return status(stock.compute(graph.raw));
         }
         self.runs += 1;
         if self.runs > 1 && self.captured.is_none() && self.can_be_captured && !lanes.eager {
-            match self.capture(asked, lanes) {
+            match self.capture(graph, lanes) {
                 Ok(captured) => self.captured = Some(captured),
                 Err(Halt::Ours { error, .. }) => {
                     lanes.eager = true;
@@ -338,9 +341,9 @@ impl Plan {
             // SAFETY: the graph has the same number as the one that was captured, hence the same tensors; all else is kept by
             // the plan and the bindings, without which it is dropped.
             Some(captured) => unsafe { captured.launch(&lanes.stream) }.map_err(ours(0))?,
-            None => self.body(asked, lanes)?,
+            None => self.body(graph, lanes)?,
         }
-        let all = asked.nodes.len();
+        let all = graph.nodes.len();
         if let Some(tally) = &mut self.tally {
             tally.done.record(&lanes.stream).map_err(ours(all))?;
             tally.pending = true;
@@ -357,14 +360,14 @@ impl Plan {
     }
 
     /// Everything, from our stream and back to it.
-    fn body(&self, asked: &Asked<'_>, lanes: &mut Lanes) -> Result<(), Halt> {
-        let (nodes, stock) = (asked.nodes, asked.stock);
+    fn body(&self, graph: &Graph<'_>, lanes: &mut Lanes) -> Result<(), Halt> {
+        let (nodes, stock) = (graph.nodes, graph.stock);
         self.check(lanes).map_err(ours(0))?;
         let mut next = 0;
         for step in &self.steps {
             match step {
                 Step::Stock(range) => {
-                    status(stock.part(&asked.own, &nodes[range.clone()], &mut lanes.mark))?;
+                    status(stock.part(&graph.own, &nodes[range.clone()], &mut lanes.mark))?;
                     next = range.end;
                 }
                 own => {
@@ -382,10 +385,10 @@ impl Plan {
         Ok(())
     }
 
-    fn capture(&self, asked: &Asked<'_>, lanes: &mut Lanes) -> Result<Executable, Halt> {
+    fn capture(&self, graph: &Graph<'_>, lanes: &mut Lanes) -> Result<Executable, Halt> {
         lanes.stream.begin_capture().map_err(ours(0))?;
         // The stock backend's stream is drawn in by the first event that it waits for.
-        let done = lanes.lead(asked.stock).map_err(ours(0)).and_then(|()| self.body(asked, lanes));
+        let done = lanes.lead(graph.stock).map_err(ours(0)).and_then(|()| self.body(graph, lanes));
         let captured = lanes.stream.end_capture();
         done?;
         captured.map_err(ours(0))
