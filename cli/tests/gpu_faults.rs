@@ -9,20 +9,13 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use clap::Parser;
 use common::context::divergences;
 use control::{run_with, Driver, FORWARD};
 use ggml_squeeze::backend::{self, set_log};
 use ggml_squeeze::config::{Config, ModeSetting};
 use ggml_squeeze::index::Index;
-use sqz::build_cmd::{make, BuildArgs};
+use sqz::build_cmd::make;
 use sqz::llama::{Context, Model, ModelArgs, Outputs};
-
-#[derive(Parser)]
-struct Args {
-    #[command(flatten)]
-    build: BuildArgs,
-}
 
 /// Tokens behind the prefix, decoded one by one: part by part, captured, and replayed.
 const N_QUESTION: usize = 8;
@@ -80,11 +73,9 @@ fn with_failing_calls() {
     let Some(driver) = Driver::of_process() else { return };
     sqz::llama::start(false).unwrap();
     backend::register(Config::default()).unwrap();
-    let of = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
     let dir = tempfile::tempdir().unwrap();
     let output: PathBuf = dir.path().join("index.sqz.gguf");
-    let Args { build } =
-        Args::parse_from(["sqz", "-m", &of("SQZ_MODEL"), "-f", &of("SQZ_TEXT"), "-o", output.to_str().unwrap()]);
+    let build = common::gpu::build(&output);
     make(&build).unwrap();
     let index = Arc::new(Index::open(&output).unwrap());
     let prefix = index.meta().tokens.clone();

@@ -4,23 +4,16 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-use clap::Parser;
 use common::context::divergences;
 use ggml_squeeze::backend;
 use ggml_squeeze::config::{Config, ModeSetting};
 use ggml_squeeze::index::Index;
 use sqz::build_cmd::{make, BuildArgs};
 use sqz::llama::{Context, GpuArgs, Model, ModelArgs, Outputs};
-
-#[derive(Parser)]
-struct Args {
-    #[command(flatten)]
-    build: BuildArgs,
-}
 
 /// Tokens behind the prompt, decoded one by one.
 const N_ANSWER: usize = 24;
@@ -72,8 +65,7 @@ fn logits(args: &ModelArgs, tokens: &[i32]) -> Vec<Vec<f32>> {
 fn index_of(build: &BuildArgs, text: &str, to: &Path) -> Arc<Index> {
     let input = to.with_extension("txt");
     std::fs::write(&input, text).unwrap();
-    let [m, f, o] = [&build.model.model, &input, &to.to_path_buf()].map(|p| p.to_str().unwrap().to_string());
-    make(&Args::parse_from(["sqz", "-m", &m, "-f", &f, "-o", &o]).build).unwrap();
+    make(&common::gpu::build_of(&build.model.model, &input, to)).unwrap();
     Arc::new(Index::open(to).unwrap())
 }
 
@@ -87,9 +79,8 @@ fn difference(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
 #[ignore = "needs a GPU, SQZ_MODEL and SQZ_TEXT"]
 fn without_a_bound_index_logits_are_llama_cpps_own_on_any_devices() {
     sqz::llama::start(false).unwrap();
-    let of = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
-    let Args { build } = Args::parse_from(["sqz", "-m", &of("SQZ_MODEL"), "-f", &of("SQZ_TEXT"), "-o", "none"]);
-    let text = std::fs::read_to_string(of("SQZ_TEXT")).unwrap();
+    let build = common::gpu::build(Path::new("none"));
+    let text = std::fs::read_to_string(&build.file).unwrap();
     let tokens = {
         let model = Model::load_on(&build.model.model, &PLACES[0].args(&build.model).gpu).unwrap();
         model.tokenise(&text, true).unwrap()
@@ -149,9 +140,8 @@ fn with_layers_spread_over_streams() {
         return;
     }
     sqz::llama::start(false).unwrap();
-    let of = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
-    let Args { build } = Args::parse_from(["sqz", "-m", &of("SQZ_MODEL"), "-f", &of("SQZ_TEXT"), "-o", "none"]);
-    let text: String = std::fs::read_to_string(PathBuf::from(of("SQZ_TEXT"))).unwrap();
+    let build = common::gpu::build(Path::new("none"));
+    let text: String = std::fs::read_to_string(&build.file).unwrap();
     let args = PLACES[0].args(&build.model);
     let tokens = Model::load_on(&args.model, &args.gpu).unwrap().tokenise(&text, true).unwrap();
     let bare = logits(&args, &tokens);

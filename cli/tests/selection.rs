@@ -1,10 +1,11 @@
 //! On the same queries and keys of a real model, CPU and GPU keep the same clusters. Needs a GPU, and llama.cpp's CUDA backend: run with
 //! `--ignored`, the model and a text in SQZ_MODEL and SQZ_TEXT.
 
+mod common;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use clap::Parser;
 use ggml_squeeze::attention::cpu::{Memory, Options, Plan, Schedule};
 use ggml_squeeze::attention::cuda::{self, Attention, Bound, Buffer, Device, Resident, Stream, Workspace};
 use ggml_squeeze::attention::{Array, Binding, Call, Element, Mode, Problem, Rotation, Row, Selection, Spread};
@@ -12,14 +13,8 @@ use ggml_squeeze::backend::Capture;
 use ggml_squeeze::build::LayerCapture;
 use ggml_squeeze::config::SPREAD_ALPHA;
 use ggml_squeeze::index::Index;
-use sqz::build_cmd::{make, BuildArgs};
+use sqz::build_cmd::make;
 use sqz::llama::{Context, Model};
-
-#[derive(Parser)]
-struct Args {
-    #[command(flatten)]
-    build: BuildArgs,
-}
 
 /// Query rows of one call.
 const ROWS: usize = cuda::MAX_ROWS;
@@ -159,11 +154,9 @@ impl Agreement {
 #[ignore = "needs a GPU, SQZ_MODEL and SQZ_TEXT"]
 fn cpu_and_gpu_keep_the_same_clusters() {
     sqz::llama::start(false).unwrap();
-    let of = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
     let dir = tempfile::tempdir().unwrap();
     let output: PathBuf = dir.path().join("index.sqz.gguf");
-    let Args { build } =
-        Args::parse_from(["sqz", "-m", &of("SQZ_MODEL"), "-f", &of("SQZ_TEXT"), "-o", output.to_str().unwrap()]);
+    let build = common::gpu::build(&output);
     make(&build).unwrap();
     let index = Arc::new(Index::open(&output).unwrap());
     let tokens = index.meta().tokens.clone();

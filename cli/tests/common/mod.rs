@@ -3,6 +3,7 @@
 #![allow(dead_code)]
 
 pub mod context;
+pub mod gpu;
 pub mod host;
 
 use std::path::{Path, PathBuf};

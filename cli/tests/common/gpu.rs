@@ -1,0 +1,25 @@
+//! What tests on a GPU are told by the environment: a model and a text.
+
+use std::path::Path;
+
+use clap::Parser;
+use sqz::build_cmd::BuildArgs;
+
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    build: BuildArgs,
+}
+
+/// `sqz build` of this text.
+pub fn build_of(model: &Path, text: &Path, output: &Path) -> BuildArgs {
+    let [m, f, o] = [model, text, output].map(|path| path.to_str().unwrap());
+    Args::parse_from(["sqz", "-m", m, "-f", f, "-o", o]).build
+}
+
+/// Of the model and the text in SQZ_MODEL and SQZ_TEXT.
+pub fn build(output: &Path) -> BuildArgs {
+    let [model, text] =
+        ["SQZ_MODEL", "SQZ_TEXT"].map(|n| std::env::var(n).unwrap_or_else(|_| panic!("{n} is not set")));
+    build_of(Path::new(&model), Path::new(&text), output)
+}
