@@ -74,7 +74,7 @@ impl<'a> Clustering<'a> {
     /// That of the GPU which K is on, made at first need.
     fn clusterer(&mut self, k: &Array, capture: &LayerCapture) -> Result<Option<&mut Clusterer>, BuildError> {
         // One that cannot tell cannot cluster either.
-        let is_there = |device: &Device| is_on(device, k.data as u64).unwrap_or(false);
+        let is_there = |device: &Device| is_on(device, [k.data as u64]).unwrap_or(false);
         if let Some(found) = self.clusterers.iter().position(|(device, _)| is_there(device)) {
             return Ok(Some(&mut self.clusterers[found].1));
         }

@@ -6,15 +6,12 @@ mod common;
 mod control;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use common::context::divergences;
 use control::{run_with, Driver, FORWARD};
 use ggml_squeeze::backend::{self, set_log};
 use ggml_squeeze::config::{Config, ModeSetting};
-use ggml_squeeze::index::Index;
-use sqz::build_cmd::make;
 use sqz::llama::{Context, Model, ModelArgs, Outputs};
 
 /// Tokens behind the prefix, decoded one by one: part by part, captured, and replayed.
@@ -74,10 +71,8 @@ fn with_failing_calls() {
     sqz::llama::start(false).unwrap();
     backend::register(Config::default()).unwrap();
     let dir = tempfile::tempdir().unwrap();
-    let output: PathBuf = dir.path().join("index.sqz.gguf");
-    let build = common::gpu::build(&output);
-    make(&build).unwrap();
-    let index = Arc::new(Index::open(&output).unwrap());
+    let build = common::gpu::build(&dir.path().join("index.sqz.gguf"));
+    let index = common::gpu::index(&build);
     let prefix = index.meta().tokens.clone();
     let model = Model::load_on(&build.model.model, &build.model.gpu).unwrap();
     let question = prefix[prefix.len() / 2..][..N_QUESTION].to_vec();

@@ -12,7 +12,7 @@ use common::context::divergences;
 use ggml_squeeze::backend;
 use ggml_squeeze::config::{Config, ModeSetting};
 use ggml_squeeze::index::Index;
-use sqz::build_cmd::{make, BuildArgs};
+use sqz::build_cmd::BuildArgs;
 use sqz::llama::{Context, GpuArgs, Model, ModelArgs, Outputs};
 
 /// Tokens behind the prompt, decoded one by one.
@@ -65,8 +65,7 @@ fn logits(args: &ModelArgs, tokens: &[i32]) -> Vec<Vec<f32>> {
 fn index_of(build: &BuildArgs, text: &str, to: &Path) -> Arc<Index> {
     let input = to.with_extension("txt");
     std::fs::write(&input, text).unwrap();
-    make(&common::gpu::build_of(&build.model.model, &input, to)).unwrap();
-    Arc::new(Index::open(to).unwrap())
+    common::gpu::index(&common::gpu::build_of(&build.model.model, &input, to))
 }
 
 /// Of two answers: the largest difference of a logit, as a share of the largest logit.

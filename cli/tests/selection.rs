@@ -3,7 +3,6 @@
 
 mod common;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use ggml_squeeze::attention::cpu::{Memory, Options, Plan, Schedule};
@@ -13,7 +12,6 @@ use ggml_squeeze::backend::Capture;
 use ggml_squeeze::build::LayerCapture;
 use ggml_squeeze::config::SPREAD_ALPHA;
 use ggml_squeeze::index::Index;
-use sqz::build_cmd::make;
 use sqz::llama::{Context, Model};
 
 /// Query rows of one call.
@@ -155,10 +153,8 @@ impl Agreement {
 fn cpu_and_gpu_keep_the_same_clusters() {
     sqz::llama::start(false).unwrap();
     let dir = tempfile::tempdir().unwrap();
-    let output: PathBuf = dir.path().join("index.sqz.gguf");
-    let build = common::gpu::build(&output);
-    make(&build).unwrap();
-    let index = Arc::new(Index::open(&output).unwrap());
+    let build = common::gpu::build(&dir.path().join("index.sqz.gguf"));
+    let index = common::gpu::index(&build);
     let tokens = index.meta().tokens.clone();
     let device = Device::new(0).unwrap();
 

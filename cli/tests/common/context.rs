@@ -5,6 +5,7 @@ use std::path::Path;
 use ggml_squeeze::attention::Element;
 use ggml_squeeze::backend;
 use sqz::llama::{Context, Flash, GpuArgs, ModelArgs, Outputs, RopeArgs};
+use sqz::metrics::kl;
 
 pub fn args(model: &Path, ubatch_size: u32) -> ModelArgs {
     ModelArgs {
@@ -40,21 +41,13 @@ pub fn trials() -> usize {
     }
 }
 
-/// KL divergence of each answer's distributions from the wanted ones', in nats: logits of a token after the other.
+/// KL divergence of each answer's distributions from the wanted ones', in nats: logits of a token after the other. What is no number
+/// is infinitely far.
 pub fn divergences(answer: &[Vec<f32>], want: &[Vec<f32>]) -> Vec<f64> {
-    let logs = |logits: &[f32]| {
-        let most = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-        let sum: f64 = logits.iter().map(|x| (f64::from(*x) - most).exp()).sum();
-        logits.iter().map(|x| f64::from(*x) - most - sum.ln()).collect::<Vec<f64>>()
-    };
-    let of = |(own, want): (&Vec<f32>, &Vec<f32>)| {
-        // What is no number is infinitely far.
-        let sum: f64 = logs(want).iter().zip(logs(own)).map(|(p, q)| p.exp() * (p - q)).sum();
-        if sum.is_nan() {
-            f64::INFINITY
-        } else {
-            sum
-        }
+    let is_whole = |row: &[f32]| row.iter().all(|x| x.is_finite());
+    let of = |(own, want): (&Vec<f32>, &Vec<f32>)| match is_whole(own) && is_whole(want) {
+        true => kl(want, own),
+        false => f64::INFINITY,
     };
     answer.iter().zip(want).map(of).collect()
 }

@@ -1,9 +1,11 @@
 //! What tests on a GPU are told by the environment: a model and a text.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use clap::Parser;
-use sqz::build_cmd::BuildArgs;
+use ggml_squeeze::index::Index;
+use sqz::build_cmd::{make, BuildArgs};
 
 #[derive(Parser)]
 struct Args {
@@ -22,4 +24,10 @@ pub fn build(output: &Path) -> BuildArgs {
     let [model, text] =
         ["SQZ_MODEL", "SQZ_TEXT"].map(|n| std::env::var(n).unwrap_or_else(|_| panic!("{n} is not set")));
     build_of(Path::new(&model), Path::new(&text), output)
+}
+
+/// Makes the index that `sqz build` is asked for.
+pub fn index(build: &BuildArgs) -> Arc<Index> {
+    make(build).unwrap();
+    Arc::new(Index::open(&build.files.output).unwrap())
 }

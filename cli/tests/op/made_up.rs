@@ -6,8 +6,8 @@ use std::sync::OnceLock;
 use ggml_sys as sys;
 
 struct MadeUp {
-    registry: sys::ggml_backend_reg,
-    device: sys::ggml_backend_device,
+    /// Never freed; hooks write to it.
+    device: sys::ggml_backend_dev_t,
     cpu: sys::ggml_backend_dev_t,
     init: unsafe extern "C" fn(sys::ggml_backend_dev_t, *const c_char) -> sys::ggml_backend_t,
 }
@@ -17,14 +17,10 @@ unsafe impl Send for MadeUp {}
 // SAFETY: as above.
 unsafe impl Sync for MadeUp {}
 
-static MADE_UP: OnceLock<Box<MadeUp>> = OnceLock::new();
+static MADE_UP: OnceLock<MadeUp> = OnceLock::new();
 
 fn made_up() -> &'static MadeUp {
     MADE_UP.get().expect("made before ggml knows of it")
-}
-
-fn device() -> sys::ggml_backend_dev_t {
-    (&raw const made_up().device).cast_mut()
 }
 
 /// Makes the GPU known to ggml, as the CUDA backend's. Before the plugin hooks any device.
@@ -40,7 +36,7 @@ pub fn register() {
     copy.iface.get_type = Some(device_type);
     copy.iface.get_props = Some(properties);
     copy.iface.init_backend = Some(make_backend);
-    let registry = sys::ggml_backend_reg {
+    let registry = Box::into_raw(Box::new(sys::ggml_backend_reg {
         api_version: sys::GGML_BACKEND_API_VERSION as i32,
         iface: sys::ggml_backend_reg_i {
             get_name: Some(registry_name),
@@ -49,14 +45,11 @@ pub fn register() {
             get_proc_address: None,
         },
         context: std::ptr::null_mut(),
-    };
-    let own = MADE_UP.get_or_init(|| Box::new(MadeUp { registry, device: copy, cpu, init }));
-    let registry = &raw const own.registry;
-    // SAFETY: the device is never moved; it is written before anybody else knows it.
-    unsafe {
-        (*device()).reg = registry.cast_mut();
-        llama_cpp_sys_2::ggml_backend_register(registry.cast_mut().cast());
-    }
+    }));
+    copy.reg = registry;
+    MADE_UP.get_or_init(|| MadeUp { device: Box::into_raw(Box::new(copy)), cpu, init });
+    // SAFETY: a registry with one device, neither of which is ever freed.
+    unsafe { llama_cpp_sys_2::ggml_backend_register(registry.cast()) };
 }
 
 unsafe extern "C" fn registry_name(_: sys::ggml_backend_reg_t) -> *const c_char {
@@ -68,7 +61,7 @@ unsafe extern "C" fn one_device(_: sys::ggml_backend_reg_t) -> usize {
 }
 
 unsafe extern "C" fn the_device(_: sys::ggml_backend_reg_t, _: usize) -> sys::ggml_backend_dev_t {
-    device()
+    made_up().device
 }
 
 unsafe extern "C" fn device_name(_: sys::ggml_backend_dev_t) -> *const c_char {
@@ -96,7 +89,7 @@ unsafe extern "C" fn make_backend(_: sys::ggml_backend_dev_t, params: *const c_c
     // SAFETY: the CPU's own function, on the CPU; the result is nobody else's yet.
     unsafe {
         let backend = (own.init)(own.cpu, params);
-        (*backend).device = device();
+        (*backend).device = own.device;
         (*backend).iface.event_record = Some(nothing);
         (*backend).iface.event_wait = Some(nothing);
         backend

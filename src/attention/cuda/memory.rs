@@ -171,26 +171,31 @@ impl Drop for Pinned {
     }
 }
 
-/// Is this an address in that GPU's memory?
+/// Are all of these addresses in that GPU's memory?
 ///
 /// # Errors
 /// The driver refuses.
-pub fn is_on(device: &Device, address: u64) -> Result<bool, Error> {
+pub fn is_on(device: &Device, addresses: impl IntoIterator<Item = u64>) -> Result<bool, Error> {
     use sys::CUpointer_attribute as A;
     device.enter()?;
-    let (mut kind, mut ordinal) = (0u32, -1i32);
-    for (to, attribute) in [
-        ((&raw mut kind).cast(), A::CU_POINTER_ATTRIBUTE_MEMORY_TYPE),
-        ((&raw mut ordinal).cast(), A::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL),
-    ] {
-        // SAFETY: each attribute is one number of this size.
-        match unsafe { sys::cuPointerGetAttribute(to, attribute, address) } {
-            // An address that the driver does not know: the host's.
-            sys::CUresult::CUDA_ERROR_INVALID_VALUE => return Ok(false),
-            code => code.result().map_err(Error::driver("tell where memory is"))?,
+    for address in addresses {
+        let (mut kind, mut ordinal) = (0u32, -1i32);
+        for (to, attribute) in [
+            ((&raw mut kind).cast(), A::CU_POINTER_ATTRIBUTE_MEMORY_TYPE),
+            ((&raw mut ordinal).cast(), A::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL),
+        ] {
+            // SAFETY: each attribute is one number of this size.
+            match unsafe { sys::cuPointerGetAttribute(to, attribute, address) } {
+                // An address that the driver does not know: the host's.
+                sys::CUresult::CUDA_ERROR_INVALID_VALUE => return Ok(false),
+                code => code.result().map_err(Error::driver("tell where memory is"))?,
+            }
+        }
+        if kind != sys::CUmemorytype::CU_MEMORYTYPE_DEVICE as u32 || ordinal != device.ordinal() as i32 {
+            return Ok(false);
         }
     }
-    Ok(kind == sys::CUmemorytype::CU_MEMORYTYPE_DEVICE as u32 && ordinal == device.ordinal() as i32)
+    Ok(true)
 }
 
 /// Lays out consecutive areas, each on a multiple of 256 bytes.

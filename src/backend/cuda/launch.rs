@@ -53,10 +53,7 @@ impl Launch {
 
     pub(super) fn step(mut self, counts: u64) -> Step {
         self.count_at(counts);
-        match self {
-            Launch::Decode(attention) => Step::Attend(vec![*attention]),
-            Launch::Prefill(prefill) => Step::Prefill(prefill),
-        }
+        Step::Attend(vec![self])
     }
 
     /// Puts the call on a stream.

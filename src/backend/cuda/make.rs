@@ -14,8 +14,8 @@ use super::stock::Stock;
 use super::survey::{Site, Survey};
 use super::Ready;
 use crate::attention::cuda::{
-    self, Attention, Bound, Call, Error, Masks, Prefill, RowMap, RowNumbers, Watched, Workspace, BOUND_MAX,
-    MAX_PREFILL_ROWS, MAX_ROWS,
+    self, Bound, Call, Error, Masks, Prefill, RowMap, RowNumbers, Watched, Workspace, BOUND_MAX, MAX_PREFILL_ROWS,
+    MAX_ROWS,
 };
 use crate::attention::{Array, Element, Mode, Problem, Rotation, Selection};
 use crate::index::Index;
@@ -187,9 +187,9 @@ impl Ready {
         let workspace = self.planner.workspace(most)?;
         let step = |(node, whole, is_many, calls): (usize, Call<'_>, bool, Vec<Call<'_>>)| {
             if let Some(many) = prefill(&whole, 1).filter(|_| is_many) {
-                return Ok((node, Step::Prefill(Box::new(Prefill::new(&self.gpu, &many, &workspace)?))));
+                return Ok((node, Step::Attend(vec![Launch::new(&self.gpu, &whole, Some(&many), &workspace)?])));
             }
-            let launches = calls.iter().map(|call| Attention::new(&self.gpu, call, &workspace));
+            let launches = calls.iter().map(|call| Launch::new(&self.gpu, call, None, &workspace));
             Ok((node, Step::Attend(launches.collect::<Result<_, _>>()?)))
         };
         own.into_iter().map(step).collect()
@@ -271,12 +271,8 @@ impl Ready {
 
     /// Is all that is read for a node in this GPU's memory?
     fn is_here(&self, site: &Site, survey: &Survey) -> Result<bool, Error> {
-        for written in &survey.written {
-            if !cuda::is_on(&self.gpu, written.address)? {
-                return Ok(false);
-            }
-        }
-        self.planner.is_here(&site.problem)
+        let written = survey.written.iter().map(|numbers| numbers.address);
+        Ok(cuda::is_on(&self.gpu, written)? && self.planner.is_here(&site.problem)?)
     }
 
     /// The plan of a graph whose rows may have a binding; `None` where there is none for them. `sites` loses those that are

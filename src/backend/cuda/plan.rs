@@ -6,6 +6,7 @@ use std::sync::Arc;
 use ggml_sys as sys;
 
 use super::super::stats::{log, Reason, Stats};
+use super::launch::Launch;
 use super::stock::{Mark, Stock};
 use crate::attention::cuda::{
     Attention, Buffer, Device, Error, Event, Executable, Mapped, Prefill, RowMap, Stream, Workspace,
@@ -15,10 +16,8 @@ use crate::attention::cuda::{
 pub enum Step {
     /// Nodes that the stock backend computes.
     Stock(Range<usize>),
-    /// An attention node on our kernels: launches for up to 16 rows each.
-    Attend(Vec<Attention>),
-    /// One of many rows.
-    Prefill(Box<Prefill>),
+    /// An attention node on our kernels.
+    Attend(Vec<Launch>),
     /// Zeros in place of attention: what it would cost if it were free (bench).
     Zero { at: u64, bytes: usize },
 }
@@ -401,11 +400,7 @@ impl Step {
         match self {
             Step::Stock(_) => Ok(()),
             // SAFETY: tensors of the graph at hand; the workspace is used by one call after the other.
-            Step::Attend(launches) => unsafe {
-                launches.iter().try_for_each(|attention| attention.launch_after_others(stream.raw()))
-            },
-            // SAFETY: as above.
-            Step::Prefill(prefill) => unsafe { prefill.launch(stream.raw()) },
+            Step::Attend(launches) => launches.iter().try_for_each(|launch| unsafe { launch.start(stream) }),
             // SAFETY: the node's own output.
             Step::Zero { at, bytes } => unsafe { stream.zero(*at, *bytes) },
         }

@@ -92,12 +92,8 @@ impl Planner {
 
     /// Are a call's arrays in this GPU's memory?
     pub(super) fn is_here(&self, p: &Problem) -> Result<bool, Error> {
-        for array in [Some(p.q), Some(p.k), Some(p.v), Some(p.dst), p.mask].iter().flatten() {
-            if !cuda::is_on(&self.gpu, array.data as u64)? {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+        let arrays = [Some(p.q), Some(p.k), Some(p.v), Some(p.dst), p.mask];
+        cuda::is_on(&self.gpu, arrays.iter().flatten().map(|array| array.data as u64))
     }
 
     /// Plans nodes by their places in a graph. Waits for the device where a cache is new.

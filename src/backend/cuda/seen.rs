@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use half::f16;
 
+use super::super::graph::shown;
+
 /// Elements of a mask that are looked at together.
 const STEP: usize = 32;
 
@@ -29,14 +31,15 @@ pub fn runs_of(cells: impl IntoIterator<Item = u32>) -> Vec<Range<u32>> {
 impl Seen {
     /// A row with this mask, an element for each cell of its stream.
     pub fn of(stream: usize, mask: &[f16]) -> Seen {
-        let hidden = |m: &f16| m.to_bits() & 0x7fff != 0;
+        let is_shown = |m: &f16| shown(m.to_bits());
         let n_shown = |from: usize| {
-            let whole = |step: &&[f16]| step.iter().fold(0, |any, m| any | m.to_bits() & 0x7fff) == 0;
+            // One question for all of a step.
+            let whole = |step: &&[f16]| shown(step.iter().fold(0, |any, m| any | m.to_bits()));
             let steps: usize = mask[from..].chunks(STEP).take_while(whole).map(<[f16]>::len).sum();
-            steps + mask[from + steps..].iter().take_while(|m| !hidden(m)).count()
+            steps + mask[from + steps..].iter().take_while(|m| is_shown(m)).count()
         };
         let (mut runs, mut at) = (Vec::new(), 0);
-        while let Some(more) = mask[at..].iter().position(|m| !hidden(m)) {
+        while let Some(more) = mask[at..].iter().position(is_shown) {
             let start = at + more;
             at = start + n_shown(start);
             runs.push(start as u32..at as u32);
